@@ -1,0 +1,45 @@
+# Three commands: `make demo`, `make test`, `make quality`. Each sets up `.venv` first, if it is not there.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+# Tests and examples make their own models and data; nothing may wait for a network.
+OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.PHONY: help install test quality format demo embedded clean
+
+help:
+	@echo "make demo      train, resume, evaluate, merge and reload a residual prompt (3 minutes, no network)"
+	@echo "make test      run all tests"
+	@echo "make quality   ruff and mypy"
+	@echo "make format    let ruff rewrite what it can"
+	@echo "make embedded  pretrain the embedded model anew into build/embedded (15 minutes)"
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+test: $(INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+
+quality: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+demo: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python examples/demo.py --output_dir build/demo --overwrite $(DEMO_ARGS)
+
+embedded: $(INSTALLED)
+	$(BIN)/python examples/embedded/pretrain.py --output build/embedded
+
+clean:
+	rm -rf build $(VENV)

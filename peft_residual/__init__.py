@@ -1,0 +1,33 @@
+"""Residual Prompt Tuning (Razdaibiedina et al., Findings of ACL 2023, arXiv:2305.03937) for Hugging Face PEFT.
+
+Importing the package registers [`ResidualPromptTuningConfig`] with PEFT; `peft.get_peft_model` and all that follows
+work from there.
+"""
+
+from .compat import check_peft
+
+
+check_peft()
+
+from .config import ResidualPromptTuningConfig  # noqa: E402
+from .encoder import ResidualPromptEncoder  # noqa: E402
+from .export import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning  # noqa: E402
+from .initialization import most_common_token_ids, register_initialization  # noqa: E402
+from .registration import register  # noqa: E402
+from .reparameterization import register_reparameterization  # noqa: E402
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ResidualPromptEncoder",
+    "ResidualPromptTuningConfig",
+    "convert_to_prompt_tuning",
+    "get_prompt_tensor",
+    "most_common_token_ids",
+    "register_initialization",
+    "register_reparameterization",
+    "save_as_prompt_tuning",
+]
+
+register()

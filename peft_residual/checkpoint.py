@@ -1,0 +1,229 @@
+"""What a residual adapter's weight file holds: plain `dict[str, Tensor]` in and out.
+
+`adapter_model.safetensors` holds, besides the modules that the user asked PEFT to save:
+
+| Key | Tensor |
+|---|---|
+| `prompt_embeddings` | the projected prompt `[P, H]`, float32: PEFT's own key, all that inference needs |
+| `residual_prompt_tuning.format_version` | integer, no dimensions |
+| `residual_prompt_tuning.embedding.weight` | the raw prompt `[P, H]` |
+| `residual_prompt_tuning.network.*` | the weights of the network |
+
+Files are read as safetensors (or `.npy` without objects); nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+FORMAT_VERSION = 1
+PROMPT_KEY = "prompt_embeddings"
+PREFIX = "residual_prompt_tuning."
+VERSION_KEY = PREFIX + "format_version"
+RAW_PROMPT = "embedding.weight"
+NETWORK_PREFIX = "network."
+
+
+def pack(projected: Tensor, encoder_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Lay out one adapter for its file.
+
+    Args:
+        projected (`torch.Tensor`): The projected prompt, `[P, H]`.
+        encoder_state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The tensors under the keys of the table above.
+    """
+    packed = {PROMPT_KEY: projected, VERSION_KEY: torch.tensor(FORMAT_VERSION)}
+    packed.update({PREFIX + leaf: tensor for leaf, tensor in encoder_state.items()})
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Take one adapter's file apart.
+
+    Returns:
+        `tuple`: The projected prompt `[P, H]`, the encoder's state (`embedding.weight`, `network.*`), and the tensors
+        that are not the prompt's (heads that were trained along).
+
+    Raises:
+        ValueError: If the version is unknown, or a part is missing.
+    """
+    if PROMPT_KEY not in tensors:
+        raise ValueError(
+            f"The checkpoint has no `{PROMPT_KEY}`, it holds {sorted(tensors)}. It is not a prompt, or only half of "
+            "one: save the adapter again."
+        )
+    if VERSION_KEY not in tensors or PREFIX + RAW_PROMPT not in tensors:
+        raise ValueError(
+            "The checkpoint holds a projected prompt without the raw prompt and its network, though its config says "
+            "RESIDUAL_PROMPT_TUNING. It cannot be trained on or saved again. Use the folder that "
+            "`model.save_pretrained` wrote, or start a new adapter from this one with prompt_tuning_init='PROMPT'."
+        )
+    version = tensors[VERSION_KEY]
+    if version.numel() != 1 or version.item() != FORMAT_VERSION:
+        raise ValueError(
+            f"The checkpoint has format version {version.tolist()}, this peft_residual reads {FORMAT_VERSION}. "
+            "Upgrade peft_residual."
+        )
+    state = {key.removeprefix(PREFIX): tensors[key] for key in tensors if key.startswith(PREFIX)}
+    del state[VERSION_KEY.removeprefix(PREFIX)]
+    others = {key: tensors[key] for key in tensors if key != PROMPT_KEY and not key.startswith(PREFIX)}
+    return tensors[PROMPT_KEY], state, others
+
+
+def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keep what plain prompt tuning needs: the projected prompt and the modules that were trained along."""
+    return {key: tensor for key, tensor in tensors.items() if not key.startswith(PREFIX)}
+
+
+def check_leaves(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Compare an encoder's state with a checkpoint's, leaf by leaf.
+
+    Raises:
+        ValueError: If a leaf is missing, unknown or of another shape; names every such leaf.
+    """
+
+    def shape(tensors: Mapping[str, Tensor], leaf: str) -> str:
+        return str(list(tensors[leaf].shape)) if leaf in tensors else "nothing"
+
+    mismatches = [
+        f"  {leaf}: expected {shape(expected, leaf)}, found {shape(found, leaf)}"
+        for leaf in sorted(expected.keys() | found.keys())
+        if shape(expected, leaf) != shape(found, leaf)
+    ]
+    if mismatches:
+        raise ValueError(
+            "The checkpoint was made with another network, prompt length or model width than this adapter's config "
+            "describes:\n" + "\n".join(mismatches) + "\nBuild the model with the checkpoint's own "
+            "`adapter_config.json` (`PeftModel.from_pretrained`), or give this config the same `encoder_*` and "
+            "`num_virtual_tokens` values."
+        )
+
+
+def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> Path:
+    """Find a file of an adapter: in a local folder, else in a Hub repository (downloaded to the Hub's cache).
+
+    Args:
+        source (`str` or `os.PathLike`): A folder, or a Hub repository id.
+        filename (`str`): The file's name in it.
+        hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir` and the like, as for `hf_hub_download`.
+
+    Raises:
+        ValueError: If there is no such file.
+    """
+    subfolder = hub_kwargs.get("subfolder") or ""
+    folder = Path(source, subfolder)
+    if folder.is_dir():
+        path = folder / filename
+        if path.is_file():
+            return path
+        if filename == SAFETENSORS_WEIGHTS_NAME and (folder / WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"`{folder}` holds {WEIGHTS_NAME}, a pickle, and no {filename}. Pickles are not read, they can run "
+                "code. Save the adapter again with `safe_serialization=True` (the default)."
+            )
+        raise ValueError(f"`{folder}` has no {filename}: it is no adapter's folder, or one that was half written.")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        return Path(hf_hub_download(str(source), filename, **hub_kwargs))
+    except HFValidationError:
+        raise ValueError(f"`{source}` is neither a folder nor the id of a Hub repository. Check the path.") from None
+    except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        raise ValueError(f"`{source}` is not a local folder, and the Hub has no {filename} for it: {error}") from error
+
+
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    if not os.path.isfile(path):
+        raise ValueError(f"`{path}` does not exist. Check the path.")
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(
+            f"`{path}` is damaged or not a safetensors file ({error}). Save or download it again."
+        ) from error
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read an `adapter_config.json`.
+
+    Raises:
+        ValueError: If it is not a JSON object.
+    """
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` is damaged: not JSON ({error}). Save or download the adapter again.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"`{path}` is damaged: expected a JSON object, found {type(values).__name__}.")
+    return values
+
+
+def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
+    """Read a saved prompt as a frozen model sees it.
+
+    Args:
+        source (`str` or `os.PathLike`): An adapter's folder or Hub id (residual, merged, or PEFT's own prompt tuning),
+            or a `.safetensors` or `.npy` file with one prompt tensor.
+
+    Returns:
+        `tuple`: The prompt `[rows, H]`, float32, and the number of rows in front of the encoder where the adapter
+        keeps a second set for the decoder (`num_transformer_submodules=2`), else None.
+
+    Raises:
+        ValueError: If nothing there can be read as a prompt.
+    """
+    source = Path(source)
+    per_submodule = None
+    if source.suffix == ".npy":
+        prompt = _read_npy(source)
+    elif source.suffix == ".safetensors":
+        prompt = _only_prompt(read_tensors(source), source)
+    else:
+        prompt = _only_prompt(read_tensors(locate(source, SAFETENSORS_WEIGHTS_NAME)), source)
+        values = read_config(locate(source, CONFIG_NAME))
+        if values.get("num_transformer_submodules") == 2:
+            per_submodule = values.get("num_virtual_tokens")
+    if prompt.ndim != 2 or not prompt.is_floating_point():
+        raise ValueError(
+            f"`{source}` holds a tensor of shape {list(prompt.shape)} and type {prompt.dtype}, expected a prompt: two "
+            "dimensions (virtual tokens, width) of floating-point numbers."
+        )
+    return prompt.float(), per_submodule
+
+
+def _only_prompt(tensors: Mapping[str, Tensor], source: Path) -> Tensor:
+    if PROMPT_KEY in tensors:
+        return tensors[PROMPT_KEY]
+    if len(tensors) == 1:
+        return next(iter(tensors.values()))
+    raise ValueError(f"`{source}` holds {sorted(tensors)}, expected `{PROMPT_KEY}` or a single tensor.")
+
+
+def _read_npy(path: Path) -> Tensor:
+    import numpy
+
+    if not path.is_file():
+        raise ValueError(f"`{path}` does not exist. Check the path.")
+    try:
+        return torch.from_numpy(numpy.load(path, allow_pickle=False))
+    except (ValueError, TypeError, EOFError, OSError) as error:
+        raise ValueError(f"`{path}` is damaged or not an array of numbers ({error}). Save it again.") from error

@@ -1,0 +1,222 @@
+"""The prompt encoder: a raw prompt, a network, and the projected prompt that the frozen model sees."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BasePromptEncoder
+from torch import Tensor, nn
+
+from . import checkpoint
+from .config import ResidualPromptTuningConfig
+from .initialization import initialize_prompt
+from .reparameterization import build_network
+
+
+_RANDOM_STATE_LOCK = threading.Lock()
+
+
+@contextmanager
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Run with torch's CPU generator seeded, and put its state back: modules take their weights from no other."""
+    with _RANDOM_STATE_LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield
+
+
+class ResidualPromptEncoder(BasePromptEncoder):
+    """Soft prompt trained through a network: `E' = E + φ(E)` (Razdaibiedina et al., 2023, section 3).
+
+    It sits in `model.prompt_encoder[adapter_name]`. `P` is the number of virtual tokens, `H` the embedding width.
+
+    While it has trainable parameters, every call computes the projected prompt. Frozen, it computes the projected
+    prompt once, without dropout, and serves that: inference costs what plain prompt tuning costs.
+
+    Args:
+        config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
+        word_embeddings (`torch.nn.Module`): The base model's word embedding module; read once, for the start.
+
+    **Attributes**:
+        - **embedding** (`torch.nn.Embedding`) -- The raw prompt `E`, `embedding.weight` of shape `[P, H]`, float32.
+        - **network** (`torch.nn.Module`) -- The network `φ`.
+
+    Raises:
+        ValueError: If the config does not fit the model, or the start cannot be made.
+    """
+
+    def __init__(self, config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> None:
+        super().__init__()
+        config.check_token_dim()
+        self.config = config
+        seed = config.prompt_tuning_init_seed
+        generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+        # Drawn first, so that prompt and network do not start from the same stream of numbers.
+        network_seed = int(torch.randint(2**62, (), generator=generator))
+        with _own_random_state(network_seed):
+            self.network = build_network(config)
+        # In inference mode the weights come from a checkpoint, and the start's sources may be gone.
+        if config.inference_mode:
+            raw = torch.zeros(config.total_virtual_tokens, config.token_dim)
+        else:
+            raw = initialize_prompt(config, word_embeddings, generator)
+        self.embedding = nn.Embedding.from_pretrained(raw, freeze=False)
+        self.register_buffer("_projected", None, persistent=False)
+        self._projected_versions: tuple[int, ...] = ()
+        self.requires_grad_(not config.inference_mode)
+
+    def forward(self, indices: Tensor | None = None) -> Tensor:
+        """Return the projected prompt.
+
+        Args:
+            indices (`torch.Tensor`, *optional*): Positions of virtual tokens, any shape, as PEFT passes them.
+
+        Returns:
+            `torch.Tensor`: `[P, H]`, or `[*indices.shape, H]`, float32 (the parameters' type if wider).
+        """
+        prompt = self.project() if self.is_trainable else self.frozen_projection()
+        return prompt if indices is None else prompt[indices]
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether any weight of the prompt or its network takes a gradient."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def project(self) -> Tensor:
+        """Compute `E' = E + φ(E)` from the live weights, with gradients: `[P, H]`, never below float32."""
+        raw = self.embedding.weight
+        # What is trained must be what is saved: at full precision, whatever the frozen model runs in.
+        with torch.autocast(raw.device.type, enabled=False):
+            if raw.dtype in (torch.float16, torch.bfloat16):
+                raw = raw.float()
+                weights = {name: tensor.float() for name, tensor in self.network.state_dict(keep_vars=True).items()}
+                output = torch.func.functional_call(self.network, weights, (raw,))
+            else:
+                output = self.network(raw)
+            return _add_skip(self.config, raw, output)
+
+    @torch.no_grad()
+    def frozen_projection(self) -> Tensor:
+        """The projected prompt of frozen weights, without dropout: computed when they change, else remembered."""
+        if self._projected is None or self._projected_versions != self._versions():
+            projected = project_state(self.config, self.state_dict())
+            self._remember(projected.to(self.embedding.weight.device))
+        return self._projected
+
+    def _remember(self, projected: Tensor) -> None:
+        self._projected = projected
+        self._projected_versions = self._versions()
+
+    def _versions(self) -> tuple[int, ...]:
+        # Torch counts the writes to a tensor, so a later `load_state_dict` is noticed.
+        return tuple(-1 if p.is_inference() else p._version for p in self.parameters())
+
+    # --- PEFT's hooks for saving and loading ----------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: PeftModel,
+        config: ResidualPromptTuningConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        prefix = f"prompt_encoder.{adapter_name}."
+        state = {k.removeprefix(prefix): _to_cpu(v) for k, v in state_dict.items() if k.startswith(prefix)}
+        if checkpoint.RAW_PROMPT not in state:
+            raise ValueError(
+                f"`state_dict` has no `{prefix}{checkpoint.RAW_PROMPT}`, so adapter {adapter_name!r} cannot be saved "
+                "from it. Pass the whole model's state dict, or none."
+            )
+        return checkpoint.pack(model.prompt_encoder[adapter_name].project_saved(state), state)
+
+    def project_saved(self, state: Mapping[str, Tensor]) -> Tensor:
+        """The projected prompt of a gathered state: `[P, H]`, float32, on the CPU, in eval mode, autocast off.
+
+        A frozen adapter that was loaded keeps the projection that it was loaded with, to the last bit.
+        """
+        own = self.state_dict()
+        if not self.is_trainable and all(torch.equal(tensor, own[leaf].cpu()) for leaf, tensor in state.items()):
+            return self.frozen_projection().to("cpu", torch.float32, copy=True)
+        return project_state(self.config, state)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: PeftModel,
+        config: ResidualPromptTuningConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """Check a checkpoint against this adapter, then name its tensors as the live model does."""
+        encoder = model.prompt_encoder[adapter_name]
+        projected, state, others = checkpoint.unpack(state_dict)
+        own = encoder.state_dict()
+        checkpoint.check_leaves(own, state)
+        check_projection(encoder.config, state, projected)
+        live = {f"prompt_encoder.{adapter_name}.{leaf}": t.to(own[leaf].device) for leaf, t in state.items()}
+        return {**others, **live, checkpoint.PROMPT_KEY: projected.to(own[checkpoint.RAW_PROMPT].device)}
+
+    def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
+        # `load_state_dict` of the model has set the weights by their names; what is left is their projection.
+        self._remember(state_dict[checkpoint.PROMPT_KEY])
+
+
+def _add_skip(config: ResidualPromptTuningConfig, raw: Tensor, output: Tensor) -> Tensor:
+    if config.encoder_reparameterization_type == "NONE":
+        return output
+    return raw + output if config.encoder_residual else output
+
+
+def _to_cpu(tensor: Any) -> Tensor:
+    """Gather a tensor that is spread over processes, and bring it to the CPU."""
+    if hasattr(tensor, "full_tensor"):
+        tensor = tensor.full_tensor()
+    return tensor.detach().cpu()
+
+
+@torch.no_grad()
+def project_state(config: ResidualPromptTuningConfig, state: Mapping[str, Tensor]) -> Tensor:
+    """Compute the projected prompt of an encoder's state, on the CPU, in float32, in eval mode, autocast off.
+
+    Args:
+        config ([`ResidualPromptTuningConfig`]): The adapter's configuration.
+        state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`, on any device, in any type.
+
+    Returns:
+        `torch.Tensor`: `[P, H]`, float32, on the CPU.
+    """
+    with _own_random_state(0):  # the weights that the network starts with are replaced on the next lines
+        network = build_network(config).eval()
+    state = {leaf: tensor.to("cpu", torch.float32) for leaf, tensor in state.items()}
+    raw = state[checkpoint.RAW_PROMPT]
+    prefix = checkpoint.NETWORK_PREFIX
+    network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    with torch.autocast("cpu", enabled=False):
+        return _add_skip(config, raw, network(raw)).clone()
+
+
+def check_projection(config: ResidualPromptTuningConfig, state: Mapping[str, Tensor], projected: Tensor) -> None:
+    """Check that a checkpoint's network, run with this config, makes the projected prompt that the checkpoint holds.
+
+    Settings such as the activation leave no trace in the shapes of the weights; this is where they show.
+
+    Raises:
+        ValueError: If it does not, beyond what other hardware's rounding explains.
+    """
+    recomputed, projected = project_state(config, state), projected.cpu().float()
+    if recomputed.shape == projected.shape:
+        scale = float(projected.abs().nan_to_num(posinf=0).max())
+        if torch.allclose(recomputed, projected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
+            return
+    settings = {name: value for name, value in vars(config).items() if name.startswith("encoder_")}
+    raise ValueError(
+        "The checkpoint's raw prompt and network do not give its own projected prompt under this config: the "
+        f"checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with the "
+        "checkpoint's `adapter_config.json`."
+    )

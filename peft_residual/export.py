@@ -1,0 +1,159 @@
+"""After training: the projected prompt as a tensor, and as a plain prompt tuning adapter that stock PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, PromptEmbedding, PromptTuningConfig, get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import checkpoint
+from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
+
+
+def get_prompt_tensor(model: PeftModel, adapter_name: str = "default") -> Tensor:
+    """Return what the frozen model sees in place of the virtual tokens.
+
+    Args:
+        model ([`~peft.PeftModel`]): With a residual or a plain prompt tuning adapter.
+        adapter_name (`str`): Which adapter.
+
+    Returns:
+        `torch.Tensor`: The projected prompt `[P, H]`, on the CPU, detached; float32 for a residual adapter.
+
+    Raises:
+        ValueError: If there is no such adapter, or it is of another kind.
+    """
+    _check_adapter(model, adapter_name, PromptTuningConfig)
+    return model.get_prompt_embedding_to_save(adapter_name)
+
+
+def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") -> None:
+    """Turn a residual adapter into a plain prompt tuning adapter, in place: the network is dropped.
+
+    The model computes the same. What it saves from now on loads without this package. Training on is then plain prompt
+    tuning; an optimizer made before holds the old parameters and must be made anew.
+
+    Args:
+        model ([`~peft.PeftModel`]): The model.
+        adapter_name (`str`): The residual adapter to convert.
+
+    Raises:
+        ValueError: If there is no such adapter, or it is no residual adapter.
+    """
+    _check_adapter(model, adapter_name, ResidualPromptTuningConfig)
+    encoder = model.prompt_encoder[adapter_name]
+    plain_config = to_prompt_tuning_config(model.peft_config[adapter_name])
+    prompt = get_prompt_tensor(model, adapter_name)
+    with torch.random.fork_rng(devices=[]):  # the start that PEFT draws is replaced on the next lines
+        embedding = PromptEmbedding(plain_config, model.word_embeddings)
+    embedding.embedding.weight = torch.nn.Parameter(prompt.to(encoder.embedding.weight.device))
+    embedding.requires_grad_(encoder.is_trainable).train(encoder.training)
+    model.prompt_encoder[adapter_name] = embedding
+    model.peft_config[adapter_name] = plain_config
+
+
+def to_prompt_tuning_config(config: ResidualPromptTuningConfig) -> PromptTuningConfig:
+    """The plain config of the merged adapter: the fields that PEFT's own class has."""
+    values = {f.name: getattr(config, f.name) for f in fields(PromptTuningConfig)}
+    # The prompt comes from the file; a start by text would ask for a tokenizer.
+    unneeded = ("peft_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs")
+    return PromptTuningConfig(**{name: value for name, value in values.items() if name not in unneeded})
+
+
+def save_as_prompt_tuning(
+    model_or_adapter_folder: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    overwrite: bool = False,
+) -> Path:
+    """Save a residual adapter as a plain prompt tuning adapter, which stock PEFT loads without this package.
+
+    The source is not changed. Heads that were trained along (`modules_to_save`) are taken over. The folder appears
+    whole or not at all.
+
+    Args:
+        model_or_adapter_folder ([`~peft.PeftModel`], `str` or `os.PathLike`): A model, or the folder (or Hub id) of a
+            saved residual adapter; a folder needs no base model.
+        out (`str` or `os.PathLike`): The folder to write: `adapter_config.json` and `adapter_model.safetensors`, with
+            the prompt `[P, H]` in float32.
+        adapter_name (`str`): Which adapter of a model.
+        overwrite (`bool`): Whether to replace a folder that exists.
+
+    Returns:
+        `pathlib.Path`: The folder.
+
+    Raises:
+        ValueError: If the source is no residual adapter, or is damaged.
+        FileExistsError: If `out` exists and `overwrite` is False.
+    """
+    out = Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"`{out}` exists. Choose another folder, or pass `overwrite=True` to replace it.")
+    if isinstance(model_or_adapter_folder, PeftModel):
+        model = model_or_adapter_folder
+        _check_adapter(model, adapter_name, ResidualPromptTuningConfig)
+        config = model.peft_config[adapter_name]
+        tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    else:
+        config, tensors = _read_folder(model_or_adapter_folder)
+    plain_config = to_prompt_tuning_config(config)
+    plain_config.inference_mode = True
+    _write_folder(out, plain_config, checkpoint.strip(tensors))
+    return out
+
+
+def _read_folder(folder: str | os.PathLike[str]) -> tuple[ResidualPromptTuningConfig, dict[str, Tensor]]:
+    values = checkpoint.read_config(checkpoint.locate(folder, CONFIG_NAME))
+    if values.get("peft_type") != PEFT_TYPE_NAME:
+        raise ValueError(
+            f"`{folder}` holds an adapter of type {values.get('peft_type')!r}, expected {PEFT_TYPE_NAME!r}. Only "
+            "residual adapters have a network to merge."
+        )
+    tensors = checkpoint.read_tensors(checkpoint.locate(folder, SAFETENSORS_WEIGHTS_NAME))
+    checkpoint.unpack(tensors)
+    return ResidualPromptTuningConfig.from_pretrained(str(folder)), tensors
+
+
+def _write_folder(out: Path, config: PromptTuningConfig, tensors: dict[str, Tensor]) -> None:
+    """Write beside the target and rename, so that a kill leaves the old folder or the new one."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        new, old = scratch / "new", scratch / "old"
+        new.mkdir()
+        save_file({k: t.contiguous() for k, t in tensors.items()}, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        (new / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except OSError:
+            if old.exists():
+                old.rename(out)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_adapter(model: Any, adapter_name: str, config_class: type[PromptTuningConfig]) -> None:
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"`model` must be a PeftModel, got {type(model).__name__}. Unwrap it first.")
+    config = model.peft_config.get(adapter_name)
+    if config is None:
+        raise ValueError(f"No adapter is named {adapter_name!r}. There are: {sorted(model.peft_config)}.")
+    if not isinstance(config, config_class):
+        raise ValueError(
+            f"Adapter {adapter_name!r} is configured by {type(config).__name__}, expected {config_class.__name__}. "
+            "Name another adapter with `adapter_name`."
+        )

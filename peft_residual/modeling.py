@@ -1,0 +1,441 @@
+"""PEFT's model classes with what prompt learning lacks there, for residual adapters only.
+
+A `PeftModel` that is given a residual adapter becomes an instance of the matching class below (see `registration.py`).
+While the active adapter is of any other kind, every method here passes on to PEFT's.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import (
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor
+
+from .config import ResidualPromptTuningConfig
+
+
+Inputs = dict[str, Any]
+
+
+class ResidualPeftModel(PeftModel):
+    """What all task classes share: `P` is `num_virtual_tokens`, `B` rows, `L` input tokens, `H` the width."""
+
+    _adapters_disabled: bool  # PEFT's own flag
+
+    # Whether the task passes segment ids on, with zeros for the prompt (as PEFT does), or drops them with a warning.
+    keeps_token_type_ids = False
+
+    def active_residual_config(self) -> ResidualPromptTuningConfig | None:
+        """The active adapter's config if it is a residual one, else None."""
+        name = self.active_adapter
+        config = self.peft_config.get(name) if isinstance(name, str) else None
+        return config if isinstance(config, ResidualPromptTuningConfig) else None
+
+    # --- forward and generate -------------------------------------------------------------------------------------
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base model with the prompt in front; arguments as in PEFT's class for the task.
+
+        Raises:
+            ValueError: If `adapter_names` is passed: one prompt serves the whole batch.
+        """
+        config = self.active_residual_config()
+        if config is None:
+            return super().forward(*args, **kwargs)
+        inputs = dict(kwargs)
+        if args:
+            inputs.update(zip(inspect.signature(super().forward).parameters, args))
+        _refuse_adapter_names(inputs)
+        inputs.pop("task_ids", None)
+        if self._adapters_disabled:
+            return self.base_model(**inputs)
+        return self.prompted_forward(config, inputs)
+
+    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Run the base model on inputs that do not hold the prompt yet."""
+        return self.base_model(**self.prepend_prompt(config, inputs))
+
+    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+        """Put the prompt in front of the embedded input, and ones in front of its mask.
+
+        Takes `input_ids` `[B, L]` or `inputs_embeds` `[B, L, H]`; returns `inputs_embeds` `[B, P + L, H]`.
+        """
+        inputs = dict(inputs)
+        input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+        if embeds is None:
+            if input_ids is None:
+                raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
+            embeds = self.word_embeddings(input_ids)
+        length = config.num_virtual_tokens
+        prompt = self.get_prompt(batch_size=embeds.shape[0])[:, :length].to(embeds)
+        inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
+        if inputs.get("attention_mask") is not None:
+            inputs["attention_mask"] = _extend(inputs["attention_mask"], length, 1, "attention_mask")
+        if inputs.get("token_type_ids") is not None:
+            if self.keeps_token_type_ids:
+                inputs["token_type_ids"] = _extend(inputs["token_type_ids"], length, 0, "token_type_ids")
+            else:
+                warnings.warn(f"{type(self).__name__} does not use `token_type_ids`; they are dropped.", stacklevel=2)
+                del inputs["token_type_ids"]
+        self.set_positions(config, inputs)
+        return inputs
+
+    def set_positions(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> None:
+        """Give a decoder-only model the positions that each row would have alone, so that padding does not count."""
+        position_ids = inputs.pop("position_ids", None)
+        # Bidirectional models number their positions in ways of their own (RoBERTa starts at 2): leave it to them.
+        if not _is_decoder_only(self.base_model):
+            if position_ids is not None:
+                warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
+            return
+        mask = inputs.get("attention_mask")
+        if position_ids is not None:
+            _refuse_packing(position_ids, mask, config.num_virtual_tokens)
+            shifted = position_ids + config.num_virtual_tokens
+            prompt = torch.arange(config.num_virtual_tokens, device=position_ids.device)
+            inputs["position_ids"] = torch.cat([prompt.expand(shifted.shape[0], -1), shifted], dim=1)
+        elif mask is not None and "position_ids" in inspect.signature(self.base_model.forward).parameters:
+            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
+        """The projected prompt for every row: `[B, P, H]`, a view of one prompt."""
+        if self.active_residual_config() is None:
+            return super().get_prompt(batch_size, task_ids=task_ids, max_cache_len=max_cache_len)
+        return self.prompt_encoder[self.active_adapter]().expand(batch_size, -1, -1)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the prompt in front of the input; arguments as in transformers' `generate`.
+
+        Raises:
+            ValueError: If `adapter_names` is passed, or no `input_ids`.
+        """
+        config = self.active_residual_config()
+        if config is None:
+            return super().generate(*args, **kwargs)
+        _refuse_adapter_names(kwargs)
+        if args:
+            kwargs["inputs"], args = args[0], args[1:]
+        if args:
+            raise ValueError("`generate` takes one positional argument, the input ids. Name the others.")
+        if "generation_config" in vars(self):  # set on the PeftModel by the user, as Trainer does
+            kwargs.setdefault("generation_config", self.generation_config)
+        if self._adapters_disabled:
+            return self.base_model.generate(**kwargs)
+        inputs = kwargs.pop("inputs", None)
+        input_ids = kwargs.pop("input_ids", inputs)
+        if input_ids is None:
+            raise ValueError("`generate` needs `input_ids`. Pass the tokenized text.")
+        if kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._mask_of_padding(input_ids, kwargs.get("generation_config"))
+        return self.prompted_generate(config, {**kwargs, "input_ids": input_ids})
+
+    def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Generate from inputs that do not hold the prompt yet."""
+        return self.base_model.generate(**inputs)
+
+    def _mask_of_padding(self, input_ids: Tensor, generation_config: Any) -> Tensor:
+        # As transformers infers it from `input_ids`, which it cannot do from embeddings.
+        generation_config = generation_config or self.base_model.generation_config
+        pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+        eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
+        if pad is None or pad in eos_ids:
+            return torch.ones_like(input_ids)
+        return (input_ids != pad).long()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the frozen base model without prompt and with its own heads, in `forward` and in `generate`."""
+        if self.active_residual_config() is None:
+            with super().disable_adapter():
+                yield
+            return
+        wrappers = [m for m in self.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        gradients = [(p, p.requires_grad) for wrapper in wrappers for p in wrapper.parameters()]
+        was_disabled = self._adapters_disabled
+        try:
+            self._adapters_disabled = True
+            for wrapper in wrappers:
+                wrapper.enable_adapters(False)
+            yield
+        finally:
+            self._adapters_disabled = was_disabled
+            if not was_disabled:
+                for wrapper in wrappers:
+                    wrapper.enable_adapters(True)
+            for parameter, requires_grad in gradients:
+                parameter.requires_grad = requires_grad
+
+    # --- adapters -------------------------------------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make an adapter active: it becomes trainable unless it was loaded for inference; the others freeze."""
+        config = self.peft_config.get(adapter_name)
+        if isinstance(config, ResidualPromptTuningConfig):
+            inference_mode = inference_mode or config.inference_mode
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self.freeze_inactive_prompts()
+        if isinstance(config, ResidualPromptTuningConfig):
+            self.prompt_encoder[adapter_name].requires_grad_(not inference_mode)
+
+    def freeze_inactive_prompts(self) -> None:
+        """Take residual prompts that are not active out of training, so that they do not count as trainable."""
+        for name, config in self.peft_config.items():
+            if isinstance(config, ResidualPromptTuningConfig) and name != self.active_adapter:
+                self.prompt_encoder[name].requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Train or freeze the prompt and network of the given residual adapters."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        others = [n for n in names if not isinstance(self.peft_config.get(n), ResidualPromptTuningConfig)]
+        if others:
+            super().set_requires_grad(others, requires_grad=requires_grad)
+        for name in set(names) - set(others):
+            self.prompt_encoder[name].requires_grad_(requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; if it was active, PEFT makes the first of the remaining ones active."""
+        super().delete_adapter(adapter_name)
+        if isinstance(self.active_adapter, str):
+            config = self.active_residual_config()
+            if config is not None:
+                self.prompt_encoder[self.active_adapter].requires_grad_(not config.inference_mode)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """The projected prompt as it is saved: `[P, H]`, float32, on the CPU, without dropout."""
+        if not isinstance(self.peft_config[adapter_name], ResidualPromptTuningConfig):
+            return super().get_prompt_embedding_to_save(adapter_name)
+        encoder = self.prompt_encoder[adapter_name]
+        return encoder.project_saved({leaf: tensor.cpu() for leaf, tensor in encoder.state_dict().items()})
+
+    def save_pretrained(self, save_directory: str, safe_serialization: bool = True, **kwargs: Any) -> None:
+        """Save adapters as PEFT does, always as safetensors.
+
+        Raises:
+            ValueError: If `safe_serialization` is False: a pickled residual adapter would not be read again.
+        """
+        names = kwargs.get("selected_adapters") or self.peft_config
+        residual = [n for n in names if isinstance(self.peft_config.get(n), ResidualPromptTuningConfig)]
+        if residual and not safe_serialization:
+            raise ValueError(
+                f"`safe_serialization=False` would pickle the residual adapter(s) {residual}, and pickles are not "
+                "read back. Leave it at True."
+            )
+        super().save_pretrained(save_directory, safe_serialization=safe_serialization, **kwargs)
+
+
+class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
+    """Encoder-decoder models: the prompt stands in front of the encoder's input, the decoder gets none."""
+
+    def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Generate from the encoder's prompted input."""
+        if inputs.pop("encoder_outputs", None) is not None:
+            warnings.warn("`encoder_outputs` hold no prompt; they are computed anew.", stacklevel=2)
+        return self.base_model.generate(**self.prepend_prompt(config, inputs))
+
+
+class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
+    """Causal language models: logits cover prompt and text, and left padding changes nothing."""
+
+    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Run the base model; a filled cache already holds the prompt."""
+        length = config.num_virtual_tokens
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return self.base_model(**self._continued(config, inputs))
+        if inputs.get("labels") is not None:
+            inputs = {**inputs, "labels": _extend(inputs["labels"], length, -100, "labels")}
+        return self.base_model(**self.prepend_prompt(config, inputs))
+
+    def _continued(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+        inputs = dict(inputs)
+        if inputs.get("inputs_embeds") is None:
+            inputs["inputs_embeds"] = self.word_embeddings(inputs.pop("input_ids"))
+        if inputs.get("position_ids") is not None:
+            inputs["position_ids"] = inputs["position_ids"] + config.num_virtual_tokens
+        if inputs.get("attention_mask") is not None:
+            mask = inputs["attention_mask"] = _extend(inputs["attention_mask"], config.num_virtual_tokens, 1, "mask")
+            if inputs.get("position_ids") is None:
+                inputs["position_ids"] = (mask.long().cumsum(-1) - 1)[:, -inputs["inputs_embeds"].shape[1] :]
+        return inputs
+
+    def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Generate from prompt and text; ids in the result and lengths asked for count the text only."""
+        input_ids = inputs["input_ids"]
+        if inputs.pop("position_ids", None) is not None:
+            warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
+        prompted = self.prepend_prompt(config, inputs)
+        prompted.pop("position_ids", None)  # transformers computes them from the mask, at every step
+        _count_text_only(prompted, self.base_model.generation_config, prompted["inputs_embeds"].shape[1])
+        return self.base_model.generate(input_ids=input_ids, **prompted)
+
+
+class ResidualPeftModelForSequenceClassification(ResidualPeftModel, PeftModelForSequenceClassification):
+    """Sequence classification, with a head that is trained along (`modules_to_save`)."""
+
+    keeps_token_type_ids = True
+
+    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+        """As the base class does; a decoder-only model also gets its padding moved to the left.
+
+        Such a model reads its answer at the last position, since embeddings do not show where the padding is.
+        """
+        inputs = super().prepend_prompt(config, inputs)
+        mask = inputs.get("attention_mask")
+        if mask is not None and _is_decoder_only(self.base_model):
+            length = mask.shape[1]
+            steps = torch.arange(length, device=mask.device)
+            padding = length - 1 - (steps * mask.bool()).amax(dim=1, keepdim=True)
+            order = (steps - padding) % length  # [B, P + L]
+            inputs["attention_mask"] = mask.gather(1, order)
+            inputs["inputs_embeds"] = inputs["inputs_embeds"].gather(
+                1, order.unsqueeze(-1).expand_as(inputs["inputs_embeds"])
+            )
+            for name in ("position_ids", "token_type_ids"):
+                if inputs.get(name) is not None:
+                    inputs[name] = inputs[name].gather(1, order)
+        return inputs
+
+
+class ResidualPeftModelForTokenClassification(ResidualPeftModel, PeftModelForTokenClassification):
+    """Token classification: one row of logits per input token, `[B, L, labels]`, none for the prompt."""
+
+    keeps_token_type_ids = True
+
+    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Run the base model with labels that ignore the prompt."""
+        length = config.num_virtual_tokens
+        if inputs.get("labels") is not None:
+            inputs = {**inputs, "labels": _extend(inputs["labels"], length, -100, "labels")}
+        return _without_prompt(super().prompted_forward, self.base_model, config, inputs, ("logits",))
+
+
+class ResidualPeftModelForQuestionAnswering(ResidualPeftModel, PeftModelForQuestionAnswering):
+    """Extractive question answering: positions and logits count input tokens, `[B, L]`, not the prompt's."""
+
+    keeps_token_type_ids = True
+
+    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Run the base model with answer positions moved behind the prompt."""
+        inputs = dict(inputs)
+        for name in ("start_positions", "end_positions"):
+            if inputs.get(name) is not None:
+                # Below 0 transformers takes the first position; above the length it ignores the row.
+                inputs[name] = inputs[name].clamp(min=0) + config.num_virtual_tokens
+        names = ("start_logits", "end_logits")
+        return _without_prompt(super().prompted_forward, self.base_model, config, inputs, names)
+
+
+class ResidualPeftModelForFeatureExtraction(ResidualPeftModel, PeftModelForFeatureExtraction):
+    """Feature extraction: one feature vector per input token, `[B, L, H]`, none for the prompt."""
+
+    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Run the base model and drop the prompt's features."""
+        names = ("last_hidden_state",)
+        if self.base_model.config.is_encoder_decoder:
+            names = ("encoder_last_hidden_state",)
+        return _without_prompt(super().prompted_forward, self.base_model, config, inputs, names)
+
+
+RESIDUAL_MODEL_CLASSES: dict[type[PeftModel], type[PeftModel]] = {
+    cls.__mro__[2]: cls
+    for cls in (
+        ResidualPeftModelForSeq2SeqLM,
+        ResidualPeftModelForCausalLM,
+        ResidualPeftModelForSequenceClassification,
+        ResidualPeftModelForTokenClassification,
+        ResidualPeftModelForQuestionAnswering,
+        ResidualPeftModelForFeatureExtraction,
+    )
+}
+
+
+def _refuse_adapter_names(inputs: Inputs) -> None:
+    if inputs.pop("adapter_names", None) is not None:
+        raise ValueError(
+            "`adapter_names` asks for an adapter per row, which residual prompt tuning does not do: one prompt serves "
+            "the whole batch. Call `model.set_adapter(name)` and run the rows of each adapter together."
+        )
+
+
+def _extend(tensor: Tensor, length: int, value: int, name: str) -> Tensor:
+    """Put `length` columns of `value` in front of a `[B, L]` tensor."""
+    if tensor.ndim != 2:
+        raise ValueError(f"`{name}` must have two dimensions (rows, tokens), got shape {list(tensor.shape)}.")
+    return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
+
+
+def _is_decoder_only(base_model: Any) -> bool:
+    """Whether a model reads from left to right only, whatever head it has."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    config = base_model.config
+    if config.is_encoder_decoder:
+        return False
+    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
+        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
+    )
+
+
+def _refuse_packing(position_ids: Tensor, mask: Tensor | None, prompt_length: int) -> None:
+    if torch.compiler.is_compiling():
+        return
+    restarts = position_ids.diff(dim=-1) <= 0
+    if mask is not None:
+        attended = mask[:, prompt_length:].bool()
+        restarts = restarts & attended[:, 1:] & attended[:, :-1]
+    if restarts.any():
+        raise ValueError(
+            "`position_ids` restart within a row: several texts are packed into it, and only the first would stand "
+            "behind the prompt. Turn packing off (`packing=False`, `padding_free=False`)."
+        )
+
+
+def _count_text_only(inputs: Inputs, default: Any, prompted_length: int) -> None:
+    """Make `max_length` and `min_length` count the text, as they do without a prompt.
+
+    Given ids and embeddings, transformers takes the embeddings' length off both; put it on first.
+    """
+    given = inputs.get("generation_config")
+    lengths = {}
+    for name, rival in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = inputs.get(name, getattr(given or default, name, None))
+        if value and inputs.get(rival, getattr(given or default, rival, None)) is None:
+            lengths[name] = value + prompted_length
+            inputs.pop(name, None)
+    if given is None:
+        inputs.update(lengths)
+    else:
+        inputs["generation_config"] = copy.deepcopy(given)
+        for name, value in lengths.items():
+            setattr(inputs["generation_config"], name, value)
+
+
+def _without_prompt(
+    run: Any, base_model: Any, config: ResidualPromptTuningConfig, inputs: Inputs, names: tuple[str, ...]
+) -> Any:
+    """Run, and cut the prompt's positions off the named outputs, so that outputs and inputs line up."""
+    return_dict = inputs.get("return_dict")
+    if return_dict is None:
+        return_dict = getattr(base_model.config, "return_dict", True)
+    outputs = run(config, {**inputs, "return_dict": True})
+    for name in names:
+        outputs[name] = outputs[name][:, config.num_virtual_tokens :].contiguous()
+    return outputs if return_dict else outputs.to_tuple()

@@ -1,0 +1,201 @@
+"""Plugs residual prompt tuning into PEFT: the only file that changes anything in it.
+
+Two mapping entries make PEFT build and read residual adapters. Three methods of `PeftModel` are wrapped, since they
+refuse or cannot do what residual adapters can: `add_adapter` (gives the model its class of `modeling.py`),
+`load_adapter` and `from_pretrained` (`is_trainable=True`, checks of the file). Wrappers hand everything that is not a
+residual adapter to PEFT's own method, unchanged. See `docs/` in the repository for why each is needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.prompt_tuning import PromptEmbedding
+from peft.tuners.tuners_utils import BasePromptEncoder
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from . import checkpoint
+from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
+from .encoder import ResidualPromptEncoder
+from .modeling import RESIDUAL_MODEL_CLASSES
+
+
+_LOCK = threading.Lock()
+_MARK = "_residual_config_class"
+
+# PEFT removes the adapter's name from keys right after it has collected them, and does not say of which config.
+_saving_residual: ContextVar[bool] = ContextVar("_saving_residual", default=False)
+
+
+def register() -> None:
+    """Plug into PEFT, once: a second call, a reload and concurrent calls change nothing more."""
+    with _LOCK:
+        PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE_NAME] = ResidualPromptTuningConfig
+        current = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING]
+        if getattr(current, _MARK, None) is not ResidualPromptTuningConfig:
+            PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING] = _make_dispatcher(current)
+        _wrap("add_adapter", _add_adapter)
+        _wrap("load_adapter", _load_adapter)
+        _wrap("from_pretrained", _from_pretrained)
+
+
+def _make_dispatcher(previous: type[BasePromptEncoder]) -> type[BasePromptEncoder]:
+    """The class that PEFT finds for prompt tuning: residual configs to our encoder, others to `previous`."""
+
+    def handler(config: PeftConfig) -> type[BasePromptEncoder]:
+        return ResidualPromptEncoder if isinstance(config, ResidualPromptTuningConfig) else previous
+
+    class PromptEmbeddingDispatcher(PromptEmbedding):
+        def __new__(cls, config: PeftConfig, word_embeddings: torch.nn.Module) -> Any:
+            return handler(config)(config, word_embeddings)
+
+        @classmethod
+        def _get_adapter_state_dict(cls, model: Any, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
+            _saving_residual.set(handler(config) is ResidualPromptEncoder)
+            return handler(config)._get_adapter_state_dict(model, config, *args, **kwargs)
+
+        @classmethod
+        def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+            # Keys of a residual adapter and of its heads never hold the name, only words that may be equal to it.
+            return key if _saving_residual.get() else previous._remove_adapter_name_from_key(key, adapter_name)
+
+        @classmethod
+        def _remap_adapter_state_dict_for_load(cls, model: Any, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
+            return handler(config)._remap_adapter_state_dict_for_load(model, config, *args, **kwargs)
+
+    setattr(PromptEmbeddingDispatcher, _MARK, ResidualPromptTuningConfig)
+    return PromptEmbeddingDispatcher
+
+
+def _wrap(name: str, wrapper: Any) -> None:
+    current = PeftModel.__dict__[name]
+    if getattr(getattr(current, "__func__", current), _MARK, None) is ResidualPromptTuningConfig:
+        return
+    is_classmethod = isinstance(current, classmethod)
+    original = current.__func__ if is_classmethod else current
+
+    @functools.wraps(original)
+    def wrapped(self_or_cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, self_or_cls, *args, **kwargs)
+
+    setattr(wrapped, _MARK, ResidualPromptTuningConfig)
+    setattr(PeftModel, name, classmethod(wrapped) if is_classmethod else wrapped)
+
+
+def _add_adapter(original: Any, model: PeftModel, adapter_name: str, peft_config: PeftConfig, **kwargs: Any) -> None:
+    if not isinstance(peft_config, ResidualPromptTuningConfig):
+        original(model, adapter_name, peft_config, **kwargs)
+        return
+    peft_config.model_special_ids = _special_ids(model.base_model)
+    original(model, adapter_name, peft_config, **kwargs)
+    # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
+    model.__class__ = RESIDUAL_MODEL_CLASSES.get(type(model), type(model))
+    model.freeze_inactive_prompts()
+
+
+def _load_adapter(
+    original: Any,
+    model: PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    is_new = adapter_name not in model.peft_config
+    if not _is_residual(model, model_id, adapter_name, kwargs):
+        return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+    _check_file(model_id, kwargs)
+    if not is_new:
+        return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+    # PEFT refuses to load a prompt for training. Loading it for inference does not need what the prompt started from.
+    with _training_modes_kept(model, keep=is_trainable):
+        try:
+            result = original(model, model_id, adapter_name, False, *args, **kwargs)
+        except Exception:
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
+            raise
+    if is_trainable:
+        model.peft_config[adapter_name].inference_mode = False
+        if adapter_name == model.active_adapter:
+            model.set_adapter(adapter_name)
+    return result
+
+
+def _from_pretrained(
+    original: Any,
+    cls: type[PeftModel],
+    model: torch.nn.Module,
+    model_id: str | os.PathLike[str],
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    **kwargs: Any,
+) -> PeftModel:
+    hub_kwargs = _hub_kwargs(kwargs)
+    if config is None and (is_trainable or os.path.isdir(model_id)):
+        is_residual = PeftConfig._get_peft_type(str(model_id), **hub_kwargs) == PEFT_TYPE_NAME
+    else:
+        is_residual = isinstance(config, ResidualPromptTuningConfig)
+    if not is_residual:
+        return original(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
+    _check_file(model_id, kwargs)
+    config = copy.deepcopy(config)  # PEFT switches the config to inference: not the one of a live model
+    with _training_modes_kept(model, keep=is_trainable):
+        peft_model = original(cls, model, model_id, adapter_name, False, config, **kwargs)
+    if is_trainable:
+        peft_model.training = True
+        peft_model.prompt_encoder.train()
+        peft_model.peft_config[adapter_name].inference_mode = False
+        peft_model.set_adapter(adapter_name)
+    return peft_model
+
+
+def _is_residual(model: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, kwargs: Any) -> bool:
+    if adapter_name in model.peft_config:
+        return isinstance(model.peft_config[adapter_name], ResidualPromptTuningConfig)
+    if model.peft_type != PeftType.PROMPT_TUNING:  # PEFT refuses to mix them
+        return False
+    return bool(PeftConfig._get_peft_type(str(model_id), **_hub_kwargs(kwargs)) == PEFT_TYPE_NAME)
+
+
+def _check_file(model_id: str | os.PathLike[str], kwargs: Any) -> None:
+    """Refuse a missing, pickled, damaged or incomplete weight file before a model is touched."""
+    path = checkpoint.locate(model_id, SAFETENSORS_WEIGHTS_NAME, **_hub_kwargs(kwargs))
+    checkpoint.unpack(checkpoint.read_tensors(path))
+
+
+def _hub_kwargs(kwargs: Any) -> dict[str, Any]:
+    hub_kwargs, _ = PeftModel._split_kwargs(kwargs)
+    hub_kwargs.pop("use_auth_token", None)
+    return {name: value for name, value in hub_kwargs.items() if value is not None}
+
+
+def _special_ids(base_model: Any) -> tuple[int, ...]:
+    """Every `*_token_id` that the model's configuration names."""
+    values = base_model.config.to_dict() if hasattr(base_model.config, "to_dict") else {}
+    ids: set[int] = set()
+    for name, value in values.items():
+        if name.endswith(("_token_id", "_token_ids")):
+            ids.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
+    return tuple(sorted(ids))
+
+
+@contextmanager
+def _training_modes_kept(model: torch.nn.Module, keep: bool) -> Iterator[None]:
+    """Undo the `eval()` that PEFT ends loading for inference with."""
+    modes = [(module, module.training) for module in model.modules()] if keep else []
+    yield
+    for module, mode in modes:
+        module.training = mode

@@ -1,0 +1,240 @@
+"""The networks `φ` that a prompt is trained through: Razdaibiedina et al. (2023), section 3.
+
+Letters used below: `P` virtual tokens, `H` width of the embeddings, `M` width of the hidden layer. Every network maps
+`[P, H]` to `[P, H]` and ends in dropout and LayerNorm where the config asks for them. The skip is the encoder's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import ResidualPromptTuningConfig
+from .registry import REPARAMETERIZATIONS
+
+
+Builder = Callable[[ResidualPromptTuningConfig], nn.Module]
+
+_HIDDEN_LAYER_FIELDS = ("encoder_hidden_size", "encoder_activation")
+_HEADS = ("encoder_num_attention_heads",)
+
+
+def register_reparameterization(
+    name: str, *, per_token: bool = False, unused_fields: tuple[str, ...] = ()
+) -> Callable[[Builder], Builder]:
+    """Register a network under a name that `encoder_reparameterization_type` then accepts.
+
+    The decorated function takes the config and returns a module that maps the raw prompt `[P, H]` to `[P, H]`, without
+    the skip. Adapters that use it are saved and loaded like any other, in processes that register the name too.
+
+    Args:
+        name (`str`): The value of `encoder_reparameterization_type`.
+        per_token (`bool`): Whether the builder honours `encoder_shared=False` (one network per virtual token).
+        unused_fields (`tuple[str, ...]`): Config fields that the network does not read; setting them is then refused.
+
+    Raises:
+        ValueError: If the name is taken by another builder.
+    """
+    return REPARAMETERIZATIONS.add(name, per_token=per_token, unused_fields=unused_fields)
+
+
+def build_network(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Build the network that `config` describes, with fresh weights in float32 from torch's default CPU generator."""
+    with torch.device("cpu"):
+        return REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder(config).float()
+
+
+class PerTokenLinear(nn.Module):
+    """`P` separate linear layers, token `p` through layer `p`, as one batched product.
+
+    Starts with the distribution of `nn.Linear`: weight and bias uniform in ±1/√in_features.
+
+    Args:
+        num_tokens (`int`): Number of layers, `P`.
+        in_features (`int`): Input width of each.
+        out_features (`int`): Output width of each.
+    """
+
+    def __init__(self, num_tokens: int, in_features: int, out_features: int) -> None:
+        super().__init__()
+        bound = 1 / math.sqrt(in_features)
+        self.weight = nn.Parameter(torch.empty(num_tokens, out_features, in_features).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.empty(num_tokens, out_features).uniform_(-bound, bound))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map `[P, in_features]` to `[P, out_features]`."""
+        return torch.baddbmm(self.bias.unsqueeze(-1), self.weight, inputs.unsqueeze(-1)).squeeze(-1)
+
+
+class PerTokenLayerNorm(nn.Module):
+    """`P` separate LayerNorms over the last dimension, token `p` through norm `p`."""
+
+    def __init__(self, num_tokens: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num_tokens, width))
+        self.bias = nn.Parameter(torch.zeros(num_tokens, width))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map `[P, H]` to `[P, H]`."""
+        return F.layer_norm(inputs, inputs.shape[-1:]) * self.weight + self.bias
+
+
+def _linear(config: ResidualPromptTuningConfig, in_features: int, out_features: int) -> nn.Module:
+    if config.encoder_shared:
+        return nn.Linear(in_features, out_features)
+    return PerTokenLinear(config.total_virtual_tokens, in_features, out_features)
+
+
+def _norm(config: ResidualPromptTuningConfig) -> nn.Module:
+    if not config.encoder_layer_norm:
+        return nn.Identity()
+    if config.encoder_shared:
+        return nn.LayerNorm(config.token_dim)
+    return PerTokenLayerNorm(config.total_virtual_tokens, config.token_dim)
+
+
+def _activation(config: ResidualPromptTuningConfig) -> nn.Module:
+    from transformers.activations import get_activation
+
+    return get_activation(config.encoder_activation)
+
+
+class MLP(nn.Module):
+    """`norm(dropout(up(activation(down(x)))))`, with `down` from `H` to `M` and `up` from `M` to `H`."""
+
+    def __init__(self, config: ResidualPromptTuningConfig) -> None:
+        super().__init__()
+        self.down = _linear(config, config.token_dim, config.encoder_hidden_size)
+        self.activation = _activation(config)
+        self.up = _linear(config, config.encoder_hidden_size, config.token_dim)
+        self.dropout = nn.Dropout(config.encoder_dropout)
+        self.norm = _norm(config)
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """Map `[P, H]` to `[P, H]`."""
+        return self.norm(self.dropout(self.up(self.activation(self.down(prompt)))))
+
+
+class LSTM(nn.Module):
+    """A bidirectional LSTM along the prompt, `H/2` per direction, then (with `head`) linear, activation, linear."""
+
+    def __init__(self, config: ResidualPromptTuningConfig, num_layers: int, head: bool = False) -> None:
+        super().__init__()
+        width = config.token_dim
+        between_layers = config.encoder_dropout if num_layers > 1 else 0.0
+        self.lstm = nn.LSTM(width, width // 2, num_layers, dropout=between_layers, bidirectional=True)
+        self.head: nn.Module = nn.Identity()
+        if head:
+            self.head = nn.Sequential(
+                nn.Linear(width, config.encoder_hidden_size),
+                _activation(config),
+                nn.Linear(config.encoder_hidden_size, width),
+            )
+        self.dropout = nn.Dropout(config.encoder_dropout)
+        self.norm = _norm(config)
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """Map `[P, H]` to `[P, H]`."""
+        return self.norm(self.dropout(self.head(self.lstm(prompt)[0])))
+
+
+class TransformerLayer(nn.Module):
+    """A transformer encoder layer with the norm after each block (Vaswani et al., 2017, section 3.1).
+
+    Written out, and not torch's layer, because that one takes other kernels with and without gradients: the prompt
+    that is saved would not be the prompt that was trained, to the last bit.
+    """
+
+    def __init__(self, config: ResidualPromptTuningConfig) -> None:
+        super().__init__()
+        width = config.token_dim
+        self.num_heads = config.encoder_num_attention_heads
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.output = nn.Linear(width, width)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(width, config.encoder_hidden_size),
+            _activation(config),
+            nn.Dropout(config.encoder_dropout),
+            nn.Linear(config.encoder_hidden_size, width),
+        )
+        self.attention_norm = nn.LayerNorm(width)
+        self.feed_forward_norm = nn.LayerNorm(width)
+        self.dropout = nn.Dropout(config.encoder_dropout)
+
+    def attend(self, inputs: Tensor) -> Tensor:
+        """Multi-head self-attention over all positions, `[P, H]` to `[P, H]`."""
+        heads = self.query_key_value(inputs).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(1, 2, 0, 3)  # [num_heads, P, H / num_heads] each
+        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+        mixed = self.dropout(scores.softmax(-1)) @ value
+        return self.output(mixed.transpose(0, 1).flatten(1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map `[P, H]` to `[P, H]`."""
+        inputs = self.attention_norm(inputs + self.dropout(self.attend(inputs)))
+        return self.feed_forward_norm(inputs + self.dropout(self.feed_forward(inputs)))
+
+
+class Transformer(nn.Module):
+    """Two transformer encoder layers over the prompt plus learned positions."""
+
+    def __init__(self, config: ResidualPromptTuningConfig) -> None:
+        super().__init__()
+        self.positions = nn.Parameter(torch.empty(config.total_virtual_tokens, config.token_dim).normal_(std=0.02))
+        self.layers = nn.Sequential(TransformerLayer(config), TransformerLayer(config))
+        self.norm = _norm(config)
+
+    def forward(self, prompt: Tensor) -> Tensor:
+        """Map `[P, H]` to `[P, H]`."""
+        return self.norm(self.layers(prompt + self.positions))
+
+
+@register_reparameterization("MLP1", per_token=True, unused_fields=_HEADS)
+def build_mlp1(config: ResidualPromptTuningConfig) -> nn.Module:
+    """One bottleneck MLP."""
+    return MLP(config)
+
+
+@register_reparameterization("MLP2", per_token=True, unused_fields=_HEADS)
+def build_mlp2(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two bottleneck MLPs, each with weights of its own."""
+    return nn.Sequential(MLP(config), MLP(config))
+
+
+@register_reparameterization("LSTM1", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS)
+def build_lstm1(config: ResidualPromptTuningConfig) -> nn.Module:
+    """One bidirectional LSTM layer."""
+    return LSTM(config, num_layers=1)
+
+
+@register_reparameterization("LSTM2", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS)
+def build_lstm2(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two bidirectional LSTM layers."""
+    return LSTM(config, num_layers=2)
+
+
+@register_reparameterization("LSTM", unused_fields=_HEADS)
+def build_lstm(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two bidirectional LSTM layers and a head of two linear layers."""
+    return LSTM(config, num_layers=2, head=True)
+
+
+@register_reparameterization("TRANSFORMER")
+def build_transformer(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two transformer encoder layers."""
+    return Transformer(config)
+
+
+@register_reparameterization(
+    "NONE",
+    unused_fields=_HEADS
+    + _HIDDEN_LAYER_FIELDS
+    + ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout"),
+)
+def build_none(config: ResidualPromptTuningConfig) -> nn.Module:
+    """No network: plain prompt tuning."""
+    return nn.Identity()
