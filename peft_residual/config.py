@@ -136,7 +136,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`, with `peft_type` `RESIDUAL_PROMPT_TUNING`."""
-        return {**super().to_dict(), "peft_type": PEFT_TYPE_NAME}
+        values = {**super().to_dict(), "peft_type": PEFT_TYPE_NAME}
+        if self.modules_to_save is not None:
+            # PEFT adds the task's head to the list each time that a model is built.
+            values["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
+        return values
 
     def check_token_dim(self) -> None:
         """Check what depends on the model's width, which PEFT fills in when it builds the model.

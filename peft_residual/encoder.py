@@ -159,7 +159,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
         own = encoder.state_dict()
         checkpoint.check_leaves(own, state)
         check_projection(encoder.config, state, projected)
-        live = {f"prompt_encoder.{adapter_name}.{leaf}": t.to(own[leaf].device) for leaf, t in state.items()}
+        # Copied: a file's tensors may lie at odd addresses, where torch takes other kernels, to other last bits.
+        live = {f"prompt_encoder.{adapter_name}.{k}": t.to(own[k].device, copy=True) for k, t in state.items()}
         return {**others, **live, checkpoint.PROMPT_KEY: projected.to(own[checkpoint.RAW_PROMPT].device)}
 
     def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:

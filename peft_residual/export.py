@@ -64,7 +64,8 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
 
 def to_prompt_tuning_config(config: ResidualPromptTuningConfig) -> PromptTuningConfig:
     """The plain config of the merged adapter: the fields that PEFT's own class has."""
-    values = {f.name: getattr(config, f.name) for f in fields(PromptTuningConfig)}
+    written = config.to_dict()
+    values = {f.name: written[f.name] for f in fields(PromptTuningConfig)}
     # The prompt comes from the file; a start by text would ask for a tokenizer.
     unneeded = ("peft_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs")
     return PromptTuningConfig(**{name: value for name, value in values.items() if name not in unneeded})

@@ -39,6 +39,8 @@ class ResidualPeftModel(PeftModel):
 
     # Whether the task passes segment ids on, with zeros for the prompt (as PEFT does), or drops them with a warning.
     keeps_token_type_ids = False
+    # Whether `labels` has one entry per token, so that the prompt needs entries too: those that the loss ignores.
+    has_token_labels = False
 
     def active_residual_config(self) -> ResidualPromptTuningConfig | None:
         """The active adapter's config if it is a residual one, else None."""
@@ -73,7 +75,9 @@ class ResidualPeftModel(PeftModel):
     def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
         """Put the prompt in front of the embedded input, and ones in front of its mask.
 
-        Takes `input_ids` `[B, L]` or `inputs_embeds` `[B, L, H]`; returns `inputs_embeds` `[B, P + L, H]`.
+        Takes `input_ids` `[B, L]` or `inputs_embeds` `[B, L, H]`; returns `inputs_embeds` `[B, P + L, H]`. In a
+        decoder-only model padding in front of a row's text comes to stand in front of the prompt, and positions do not
+        count it, so that each row gets what it gets alone.
         """
         inputs = dict(inputs)
         input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
@@ -83,34 +87,41 @@ class ResidualPeftModel(PeftModel):
             embeds = self.word_embeddings(input_ids)
         length = config.num_virtual_tokens
         prompt = self.get_prompt(batch_size=embeds.shape[0])[:, :length].to(embeds)
+        mask, position_ids = inputs.get("attention_mask"), inputs.pop("position_ids", None)
         inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
-        if inputs.get("attention_mask") is not None:
-            inputs["attention_mask"] = _extend(inputs["attention_mask"], length, 1, "attention_mask")
+        if mask is not None:
+            inputs["attention_mask"] = _extend(mask, length, 1, "attention_mask")
         if inputs.get("token_type_ids") is not None:
             if self.keeps_token_type_ids:
                 inputs["token_type_ids"] = _extend(inputs["token_type_ids"], length, 0, "token_type_ids")
             else:
                 warnings.warn(f"{type(self).__name__} does not use `token_type_ids`; they are dropped.", stacklevel=2)
                 del inputs["token_type_ids"]
-        self.set_positions(config, inputs)
-        return inputs
-
-    def set_positions(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> None:
-        """Give a decoder-only model the positions that each row would have alone, so that padding does not count."""
-        position_ids = inputs.pop("position_ids", None)
-        # Bidirectional models number their positions in ways of their own (RoBERTa starts at 2): leave it to them.
+        if self.has_token_labels and inputs.get("labels") is not None:
+            inputs["labels"] = _extend(inputs["labels"], length, -100, "labels")
         if not _is_decoder_only(self.base_model):
+            # Bidirectional models number positions in ways of their own (RoBERTa starts at 2): leave it to them.
             if position_ids is not None:
                 warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
-            return
-        mask = inputs.get("attention_mask")
+            return inputs
         if position_ids is not None:
-            _refuse_packing(position_ids, mask, config.num_virtual_tokens)
-            shifted = position_ids + config.num_virtual_tokens
-            prompt = torch.arange(config.num_virtual_tokens, device=position_ids.device)
-            inputs["position_ids"] = torch.cat([prompt.expand(shifted.shape[0], -1), shifted], dim=1)
-        elif mask is not None and "position_ids" in inspect.signature(self.base_model.forward).parameters:
-            inputs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)
+            _refuse_packing(position_ids, mask)
+            shifted = position_ids.expand(embeds.shape[0], -1) + length
+            own = torch.arange(length, device=shifted.device).expand(embeds.shape[0], -1)
+            inputs["position_ids"] = torch.cat([own, shifted], dim=1)
+        if mask is not None:
+            order = _padding_first(self.padding_to_move(mask), length)
+            inputs["inputs_embeds"] = _reorder(inputs["inputs_embeds"], order)
+            for name in ("attention_mask", "position_ids", "token_type_ids", "labels" * self.has_token_labels):
+                if inputs.get(name) is not None:
+                    inputs[name] = _reorder(inputs[name], order)
+            if position_ids is None and "position_ids" in inspect.signature(self.base_model.forward).parameters:
+                inputs["position_ids"] = _positions(inputs["attention_mask"])
+        return inputs
+
+    def padding_to_move(self, mask: Tensor) -> Tensor:
+        """Which of the tokens `[B, L]` come to stand in front of the prompt: the padding in front of the text."""
+        return mask.cumsum(-1) == 0
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Tensor:
         """The projected prompt for every row: `[B, P, H]`, a view of one prompt."""
@@ -249,28 +260,28 @@ class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
 
 
 class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
-    """Causal language models: logits cover prompt and text, and left padding changes nothing."""
+    """Causal language models: logits cover prompt and text, and padding changes nothing."""
+
+    has_token_labels = True
 
     def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Run the base model; a filled cache already holds the prompt."""
-        length = config.num_virtual_tokens
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            return self.base_model(**self._continued(config, inputs))
-        if inputs.get("labels") is not None:
-            inputs = {**inputs, "labels": _extend(inputs["labels"], length, -100, "labels")}
-        return self.base_model(**self.prepend_prompt(config, inputs))
+            return self.base_model(**self._behind_cache(config, inputs))
+        return super().prompted_forward(config, inputs)
 
-    def _continued(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
-        inputs = dict(inputs)
-        if inputs.get("inputs_embeds") is None:
-            inputs["inputs_embeds"] = self.word_embeddings(inputs.pop("input_ids"))
-        if inputs.get("position_ids") is not None:
-            inputs["position_ids"] = inputs["position_ids"] + config.num_virtual_tokens
-        if inputs.get("attention_mask") is not None:
-            mask = inputs["attention_mask"] = _extend(inputs["attention_mask"], config.num_virtual_tokens, 1, "mask")
-            if inputs.get("position_ids") is None:
-                inputs["position_ids"] = (mask.long().cumsum(-1) - 1)[:, -inputs["inputs_embeds"].shape[1] :]
+    def _behind_cache(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+        inputs, length = dict(inputs), config.num_virtual_tokens
+        position_ids, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
+        if mask is not None:
+            extended = _extend(mask, length, 1, "attention_mask")
+            inputs["attention_mask"] = _reorder(extended, _padding_first(self.padding_to_move(mask), length))
+            if position_ids is None and "position_ids" in inspect.signature(self.base_model.forward).parameters:
+                new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+                inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
+        if position_ids is not None:
+            inputs["position_ids"] = position_ids + length
         return inputs
 
     def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
@@ -280,7 +291,11 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
             warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
         prompted = self.prepend_prompt(config, inputs)
         prompted.pop("position_ids", None)  # transformers computes them from the mask, at every step
-        _count_text_only(prompted, self.base_model.generation_config, prompted["inputs_embeds"].shape[1])
+        # Padding that all rows share is of no use, and assisted decoding (one row) cannot cope with it.
+        unused = int(prompted["attention_mask"].any(dim=0).long().argmax())
+        for name in ("attention_mask", "inputs_embeds"):
+            prompted[name] = prompted[name][:, unused:]
+        _count_new_tokens(prompted, self.base_model.generation_config, input_ids.shape[1])
         return self.base_model.generate(input_ids=input_ids, **prompted)
 
 
@@ -289,38 +304,19 @@ class ResidualPeftModelForSequenceClassification(ResidualPeftModel, PeftModelFor
 
     keeps_token_type_ids = True
 
-    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
-        """As the base class does; a decoder-only model also gets its padding moved to the left.
-
-        Such a model reads its answer at the last position, since embeddings do not show where the padding is.
-        """
-        inputs = super().prepend_prompt(config, inputs)
-        mask = inputs.get("attention_mask")
-        if mask is not None and _is_decoder_only(self.base_model):
-            length = mask.shape[1]
-            steps = torch.arange(length, device=mask.device)
-            padding = length - 1 - (steps * mask.bool()).amax(dim=1, keepdim=True)
-            order = (steps - padding) % length  # [B, P + L]
-            inputs["attention_mask"] = mask.gather(1, order)
-            inputs["inputs_embeds"] = inputs["inputs_embeds"].gather(
-                1, order.unsqueeze(-1).expand_as(inputs["inputs_embeds"])
-            )
-            for name in ("position_ids", "token_type_ids"):
-                if inputs.get(name) is not None:
-                    inputs[name] = inputs[name].gather(1, order)
-        return inputs
+    def padding_to_move(self, mask: Tensor) -> Tensor:
+        """All padding: a decoder-only model answers at the last position, where embeddings show no padding."""
+        return mask == 0
 
 
 class ResidualPeftModelForTokenClassification(ResidualPeftModel, PeftModelForTokenClassification):
     """Token classification: one row of logits per input token, `[B, L, labels]`, none for the prompt."""
 
     keeps_token_type_ids = True
+    has_token_labels = True
 
     def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
-        """Run the base model with labels that ignore the prompt."""
-        length = config.num_virtual_tokens
-        if inputs.get("labels") is not None:
-            inputs = {**inputs, "labels": _extend(inputs["labels"], length, -100, "labels")}
+        """Run the base model and drop the prompt's logits."""
         return _without_prompt(super().prompted_forward, self.base_model, config, inputs, ("logits",))
 
 
@@ -372,11 +368,21 @@ def _refuse_adapter_names(inputs: Inputs) -> None:
         )
 
 
-def _extend(tensor: Tensor, length: int, value: int, name: str) -> Tensor:
+def _extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
     """Put `length` columns of `value` in front of a `[B, L]` tensor."""
     if tensor.ndim != 2:
         raise ValueError(f"`{name}` must have two dimensions (rows, tokens), got shape {list(tensor.shape)}.")
     return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Positions that count neither padding in front of the text nor gaps in it; same shape as the mask.
+
+    Padding behind the text goes on counting, as it does without a mask.
+    """
+    behind_text = mask.flip(-1).cumsum(-1).flip(-1) == 0
+    skipped = (mask == 0) & ~behind_text
+    return (torch.arange(mask.shape[1], device=mask.device) - skipped.long().cumsum(-1)).clamp(min=0)
 
 
 def _is_decoder_only(base_model: Any) -> bool:
@@ -394,13 +400,24 @@ def _is_decoder_only(base_model: Any) -> bool:
     )
 
 
-def _refuse_packing(position_ids: Tensor, mask: Tensor | None, prompt_length: int) -> None:
+def _padding_first(moved: Tensor, length: int) -> Tensor:
+    """The order `[B, P + L]` that brings what is moved to the front, before the prompt and the rest."""
+    return _extend(~moved, length, True, "attention_mask").long().argsort(dim=1, stable=True)
+
+
+def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
+    """Reorder the columns of a `[B, P + L]` or `[B, P + L, H]` tensor, row by row."""
+    if tensor.ndim == 3:
+        order = order.unsqueeze(-1).expand_as(tensor)
+    return tensor.gather(1, order)
+
+
+def _refuse_packing(position_ids: Tensor, mask: Tensor | None) -> None:
     if torch.compiler.is_compiling():
         return
     restarts = position_ids.diff(dim=-1) <= 0
     if mask is not None:
-        attended = mask[:, prompt_length:].bool()
-        restarts = restarts & attended[:, 1:] & attended[:, :-1]
+        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
     if restarts.any():
         raise ValueError(
             "`position_ids` restart within a row: several texts are packed into it, and only the first would stand "
@@ -408,24 +425,23 @@ def _refuse_packing(position_ids: Tensor, mask: Tensor | None, prompt_length: in
         )
 
 
-def _count_text_only(inputs: Inputs, default: Any, prompted_length: int) -> None:
-    """Make `max_length` and `min_length` count the text, as they do without a prompt.
+def _count_new_tokens(inputs: Inputs, default: Any, text_length: int) -> None:
+    """Turn `max_length` and `min_length`, which count the text, into numbers of new tokens.
 
-    Given ids and embeddings, transformers takes the embeddings' length off both; put it on first.
+    Given ids and embeddings, transformers would take the embeddings' length off both.
     """
     given = inputs.get("generation_config")
-    lengths = {}
-    for name, rival in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = inputs.get(name, getattr(given or default, name, None))
-        if value and inputs.get(rival, getattr(given or default, rival, None)) is None:
-            lengths[name] = value + prompted_length
-            inputs.pop(name, None)
-    if given is None:
-        inputs.update(lengths)
-    else:
-        inputs["generation_config"] = copy.deepcopy(given)
-        for name, value in lengths.items():
-            setattr(inputs["generation_config"], name, value)
+    settings = copy.deepcopy(given)
+    for length_name, new_name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        length = inputs.pop(length_name, getattr(given or default, length_name, None))
+        if settings is not None:
+            setattr(settings, length_name, None)
+        if length and inputs.get(new_name, getattr(given or default, new_name, None)) is None:
+            inputs[new_name] = length - text_length
+            if settings is not None:
+                setattr(settings, new_name, inputs.pop(new_name))
+    if settings is not None:
+        inputs["generation_config"] = settings
 
 
 def _without_prompt(

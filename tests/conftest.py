@@ -1,0 +1,147 @@
+"""Tiny models, a tiny tokenizer and small configs for all tests: built from configs, seeded, without a network."""
+
+import os
+
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from hypothesis import settings
+
+from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
+
+
+torch.set_num_threads(1)
+settings.register_profile("offline", deadline=None, derandomize=True, max_examples=25, database=None)
+settings.load_profile("offline")
+
+VOCAB_SIZE = 64
+WIDTH = 16
+PAD, EOS, UNK = 0, 1, 2
+BASE = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
+WORDS = (  # noqa: SIM905
+    "good bad great poor red green blue fast slow the a an of to in is was it this that film book song food place "
+    "person cat dog bird fish one two three four five six seven eight nine ten yes no maybe up down left right sun"
+).split()
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state."""
+    torch.manual_seed(0)
+
+
+# --- models ---------------------------------------------------------------------------------------------------
+
+
+def _sharp(model, factor):
+    """Scale the random weights up, so that what a model computes depends visibly on its input."""
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2 and parameter is not embeddings:
+                parameter.mul_(factor)
+    return model.eval()
+
+
+def tiny_t5(**overrides):
+    """A T5 (encoder-decoder, relative positions) with random weights, in eval mode."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
+    values = {**BASE, **sizes, "decoder_start_token_id": PAD, **overrides}
+    return _sharp(T5ForConditionalGeneration(T5Config(**values)), 4.0)
+
+
+def tiny_gpt2(**overrides):
+    """A GPT-2 (decoder, learned positions) with random weights, in eval mode."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    values = {**BASE, "n_positions": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "initializer_range": 0.08}
+    return _sharp(GPT2LMHeadModel(GPT2Config(**{**values, **overrides})), 4.0)
+
+
+def tiny_llama(**overrides):
+    """A Llama (decoder, rotary positions, grouped heads) with random weights, in eval mode."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.08,
+    }
+    return _sharp(LlamaForCausalLM(LlamaConfig(**{**BASE, **sizes, **overrides})), 4.0)
+
+
+def tiny_bert(head="SequenceClassification", **overrides):
+    """A BERT with random weights, in eval mode; `head` ends the class name, "" is the bare model."""
+    import transformers
+
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.08,
+    }
+    values = {**BASE, **sizes, **overrides}
+    model_class = getattr(transformers, f"BertFor{head}" if head else "BertModel")
+    return _sharp(model_class(transformers.BertConfig(**values)), 4.0)
+
+
+# --- tokenizer ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A saved word-level tokenizer of `len(WORDS) + 5` ids: 3 special ones, 2 unused ones, then `WORDS` in order."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = ["<pad>", "</s>", "<unk>", "<unused0>", "[unused1]", *WORDS]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+    )
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    """The tokenizer of `tokenizer_folder`."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+# --- configs and encoders -------------------------------------------------------------------------------------
+
+
+def make_config(**overrides):
+    """A small valid config; any field can be set."""
+    kind = overrides.get("encoder_reparameterization_type", "MLP1")
+    values = {"task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 4}
+    if kind not in ("LSTM1", "LSTM2", "NONE"):
+        values["encoder_hidden_size"] = 8  # those have no hidden layer, and refuse the option
+    return ResidualPromptTuningConfig(**{**values, **overrides})
+
+
+def make_table(rows=VOCAB_SIZE, width=WIDTH, padding_idx=None):
+    """A random word embedding module."""
+    return torch.nn.Embedding(rows, width, padding_idx=padding_idx)
+
+
+def make_encoder(**overrides):
+    """A `ResidualPromptEncoder` of width `token_dim` (16 unless set) that starts from a random table."""
+    config = make_config(**{"token_dim": WIDTH, "prompt_tuning_init_seed": 0, **overrides})
+    return ResidualPromptEncoder(config, make_table(width=config.token_dim))

@@ -1,0 +1,501 @@
+"""What PEFT users know works with a residual adapter, for all six task types."""
+
+import copy
+import pickle
+
+import peft
+import pytest
+import torch
+from conftest import make_config, tiny_gpt2, tiny_t5
+from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
+from scenarios import SCENARIOS, fresh, outputs_of, train
+
+from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
+
+
+P = 4
+
+
+@pytest.fixture(params=SCENARIOS)
+def scenario(request):
+    return SCENARIOS[request.param]
+
+
+def adapter_tensors(model, adapter_name="default"):
+    return peft.get_peft_model_state_dict(model, adapter_name=adapter_name)
+
+
+def assert_same_tensors(left, right):
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def test_training_changes_prompt_and_network_and_nothing_else(scenario):
+    base = scenario.build()
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    model = get_peft_model(base, make_config(task_type=scenario.task_type))
+    start = {k: v.clone() for k, v in model.prompt_encoder["default"].state_dict().items()}
+    train(model, scenario, steps=2)
+
+    assert isinstance(model.prompt_encoder["default"], ResidualPromptEncoder)
+    for leaf, tensor in model.prompt_encoder["default"].state_dict().items():
+        assert not torch.equal(tensor, start[leaf]), f"{leaf} was not trained"
+    for name, tensor in model.base_model.state_dict().items():
+        if "modules_to_save" not in name:
+            assert torch.equal(tensor, before[name.replace("original_module.", "")]), f"{name} is frozen"
+
+
+def test_save_load_and_save_again_lose_nothing(scenario, tmp_path):
+    base = scenario.build()
+    model = scenario.model(fresh(base))
+    batch = scenario.batch(labels=False) | ({"decoder_input_ids": torch.ones(2, 1).long()} if scenario is T5 else {})
+    expected = outputs_of(model, batch)
+    model.save_pretrained(tmp_path / "first")
+    loaded = PeftModel.from_pretrained(fresh(base), tmp_path / "first")
+    assert torch.equal(outputs_of(loaded, batch), expected)
+
+    loaded.save_pretrained(tmp_path / "second")
+    first, second = ((tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "second"))
+    assert first == second
+    first, second = ((tmp_path / name / "adapter_config.json").read_text() for name in ("first", "second"))
+    assert first == second
+
+
+T5 = SCENARIOS["t5"]
+
+
+def test_loaded_adapter_is_frozen_and_projects_once(tmp_path):
+    T5.model().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(T5.build(), tmp_path)
+    assert model.get_nb_trainable_parameters()[0] == 0
+    encoder = model.prompt_encoder["default"]
+    encoder.project = encoder.network.forward = None  # any further use of the network would fail
+    assert outputs_of(model, T5.batch()).isfinite().all()
+    model.train()  # not even its dropout may act on a frozen prompt
+    assert torch.equal(encoder(), encoder())
+
+
+def test_frozen_adapter_notices_that_its_weights_were_replaced(tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(T5.build(), tmp_path)
+    before = outputs_of(loaded, T5.batch())
+    other = T5.model(prompt_tuning_init_seed=5)
+    loaded.prompt_encoder.load_state_dict(other.prompt_encoder.state_dict())
+    after = outputs_of(loaded, T5.batch())
+    assert not torch.equal(before, after)
+    assert torch.equal(loaded.prompt_encoder["default"](), other.prompt_encoder["default"]().detach())
+
+
+def test_training_goes_on_from_a_loaded_adapter_as_if_it_had_never_stopped(scenario, tmp_path):
+    base = scenario.build()
+    model = scenario.model(fresh(base), encoder_reparameterization_type="MLP2")
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh(base), tmp_path, is_trainable=True)
+    assert loaded.get_nb_trainable_parameters() == model.get_nb_trainable_parameters()
+    assert loaded.training and loaded.prompt_encoder.training
+    assert not loaded.peft_config["default"].inference_mode
+    train(model, scenario, steps=3)
+    train(loaded, scenario, steps=3)
+    assert_same_tensors(adapter_tensors(loaded), adapter_tensors(model))
+
+
+def test_loading_for_training_needs_no_source_of_the_start(tokenizer_folder, tmp_path):
+    model = T5.model(
+        prompt_tuning_init="TEXT", prompt_tuning_init_text="good film", tokenizer_name_or_path=tokenizer_folder
+    )
+    model.peft_config["default"].tokenizer_name_or_path = "/gone"
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(T5.build(), tmp_path, is_trainable=True)
+    assert_same_tensors(adapter_tensors(loaded), adapter_tensors(model))
+    loaded.load_adapter(tmp_path, "second", is_trainable=True)
+    assert_same_tensors(adapter_tensors(loaded, "second"), adapter_tensors(model))
+
+
+@pytest.mark.parametrize("auto", ["AutoPeftModelForSeq2SeqLM", "AutoPeftModelForCausalLM"])
+def test_auto_classes_build_base_and_adapter(auto, tmp_path):
+    scenario = SCENARIOS["t5" if "Seq2Seq" in auto else "gpt2"]
+    base = scenario.build()
+    base.save_pretrained(tmp_path / "base")
+    base = type(base).from_pretrained(tmp_path / "base")
+    model = scenario.model(base)
+    model.save_pretrained(tmp_path / "adapter")
+    for is_trainable in (False, True):
+        loaded = getattr(peft, auto).from_pretrained(tmp_path / "adapter", is_trainable=is_trainable)
+        assert torch.equal(outputs_of(loaded, scenario.batch()), outputs_of(model, scenario.batch()))
+
+
+def test_config_is_found_by_peft(tmp_path):
+    config = make_config(encoder_dropout=0.25)
+    config.save_pretrained(tmp_path)
+    assert '"peft_type": "RESIDUAL_PROMPT_TUNING"' in (tmp_path / "adapter_config.json").read_text()
+    for found in (peft.PeftConfig.from_pretrained(tmp_path), peft.get_peft_config(config.to_dict())):
+        assert type(found) is ResidualPromptTuningConfig
+        assert found == config
+        assert found.peft_type == peft.PeftType.PROMPT_TUNING
+    assert peft.PEFT_TYPE_TO_CONFIG_MAPPING["RESIDUAL_PROMPT_TUNING"] is ResidualPromptTuningConfig
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_deepcopy_and_pickle_make_an_equal_and_separate_model(scenario, copied, tmp_path):
+    model = scenario.model()
+    twin = copied(model)
+    assert torch.equal(outputs_of(twin, scenario.batch()), outputs_of(model, scenario.batch()))
+    before = adapter_tensors(model)
+    train(twin, scenario, steps=1)
+    assert_same_tensors(adapter_tensors(model), before)
+    assert not torch.equal(adapter_tensors(twin)["prompt_embeddings"], before["prompt_embeddings"])
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_low_cpu_mem_usage_loads_the_same(scenario, is_trainable, tmp_path):
+    base = scenario.build()
+    model = scenario.model(fresh(base))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh(base), tmp_path, low_cpu_mem_usage=True, is_trainable=is_trainable)
+    assert torch.equal(outputs_of(loaded, scenario.batch()), outputs_of(model, scenario.batch()))
+    trainable = model.get_nb_trainable_parameters()[0] if is_trainable else 0
+    assert loaded.get_nb_trainable_parameters()[0] == trainable
+
+
+@pytest.mark.parametrize("name", ["embedding", "dense", "0", "network", "weight", "prompt_encoder", "down"])
+def test_adapter_names_that_occur_in_keys_are_safe(name, tmp_path):
+    scenario = SCENARIOS["bert-features"]
+    base = scenario.build()
+    config = {"encoder_reparameterization_type": "MLP2", "modules_to_save": ["pooler"]}  # keys: pooler.dense.weight
+    model = scenario.model(fresh(base), adapter_name=name, **config)
+    expected = scenario.model(fresh(base), adapter_name="safe", **config)
+    model.save_pretrained(tmp_path)
+    assert_same_tensors(adapter_tensors(model, name), adapter_tensors(expected, "safe"))
+    for loaded_name in (name, "other"):
+        loaded = PeftModel.from_pretrained(fresh(base), tmp_path / name, adapter_name=loaded_name)
+        assert_same_tensors(adapter_tensors(loaded, loaded_name), adapter_tensors(model, name))
+
+
+def test_trained_heads_are_saved_and_loaded(tmp_path):
+    scenario = SCENARIOS["bert-sequence"]
+    base = scenario.build()
+    model = scenario.model(fresh(base))
+    assert not torch.equal(
+        model.base_model.classifier.modules_to_save["default"].weight,
+        model.base_model.classifier.original_module.weight,
+    )
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh(base), tmp_path)
+    assert torch.equal(outputs_of(loaded, scenario.batch()), outputs_of(model, scenario.batch()))
+
+
+# --- several adapters -----------------------------------------------------------------------------------------
+
+
+def plain_config(task_type="SEQ_2_SEQ_LM"):
+    return PromptTuningConfig(task_type=task_type, num_virtual_tokens=P)
+
+
+def trainable_adapters(model):
+    return {
+        name for name, encoder in model.prompt_encoder.items() if any(p.requires_grad for p in encoder.parameters())
+    }
+
+
+def test_residual_and_plain_adapters_live_in_one_model(tmp_path):
+    base = tiny_t5()
+    model = T5.model(fresh(base), adapter_name="one")
+    model.add_adapter("two", make_config(num_virtual_tokens=7, prompt_tuning_init_seed=3))
+    model.add_adapter("plain", plain_config())
+    alone = {"one": T5.model(fresh(base)), "plain": get_peft_model(fresh(base), plain_config())}
+    alone["plain"].prompt_encoder["default"].load_state_dict(model.prompt_encoder["plain"].state_dict())
+    for name, expected in alone.items():
+        model.set_adapter(name)
+        assert torch.equal(outputs_of(model, T5.batch()), outputs_of(expected, T5.batch()))
+        ids = T5.batch()["input_ids"]
+        assert torch.equal(model.generate(input_ids=ids), expected.generate(input_ids=ids))
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(fresh(base), tmp_path / "plain", adapter_name="plain")
+    again.load_adapter(tmp_path / "one", "one")
+    again.load_adapter(tmp_path / "two", "two")
+    for name in ("one", "two", "plain"):
+        model.set_adapter(name)
+        again.set_adapter(name)
+        assert torch.equal(outputs_of(again, T5.batch()), outputs_of(model, T5.batch()))
+
+
+def test_only_the_active_residual_adapter_is_trainable():
+    model = get_peft_model(tiny_t5(), make_config(), adapter_name="one")
+    model.add_adapter("two", make_config())
+    assert trainable_adapters(model) == {"one"}
+    count = model.get_nb_trainable_parameters()[0]
+    model.set_adapter("two")
+    assert trainable_adapters(model) == {"two"}
+    assert model.get_nb_trainable_parameters()[0] == count
+    model.set_adapter("one", inference_mode=True)
+    assert trainable_adapters(model) == set()
+    model.set_adapter("two")
+    model.set_requires_grad("two", False)
+    assert trainable_adapters(model) == set()
+    model.set_requires_grad(["two"])
+    assert trainable_adapters(model) == {"two"}
+    with pytest.warns(UserWarning, match="two was active"):
+        model.delete_adapter("two")
+    assert trainable_adapters(model) == {"one"}
+
+
+def test_adapters_loaded_for_inference_stay_frozen_when_they_become_active(tmp_path):
+    T5.model().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(tiny_t5(), tmp_path)
+    model.load_adapter(tmp_path, "second")
+    model.load_adapter(tmp_path, "third", is_trainable=True)
+    assert trainable_adapters(model) == set()
+    model.set_adapter("second")
+    assert trainable_adapters(model) == set()
+    model.set_adapter("third")
+    assert trainable_adapters(model) == {"third"}
+
+
+def test_deleted_adapter_is_gone_and_the_rest_works():
+    model = T5.model(adapter_name="one")
+    expected = outputs_of(model, T5.batch())
+    model.add_adapter("two", make_config())
+    model.delete_adapter("two")
+    assert list(model.peft_config) == list(model.prompt_encoder) == ["one"]
+    assert torch.equal(outputs_of(model, T5.batch()), expected)
+
+
+def test_disable_adapter_gives_the_base_model_in_forward_and_generate(scenario):
+    base = scenario.build()
+    batch = scenario.batch()
+    expected = outputs_of(fresh(base), batch)
+    model = scenario.model(fresh(base))
+    with_prompt = outputs_of(model, batch)
+    grads = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.disable_adapter():
+        with model.disable_adapter():
+            pass
+        assert torch.equal(outputs_of(model, batch), expected)
+        if scenario.task_type in ("SEQ_2_SEQ_LM", "CAUSAL_LM"):
+            inputs = {k: v[:1] for k, v in scenario.batch(labels=False).items()}
+            generated = model.generate(**inputs, max_new_tokens=8)
+            assert torch.equal(generated, fresh(base).generate(**inputs, max_new_tokens=8))
+    assert torch.equal(outputs_of(model, batch), with_prompt)
+    assert grads == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("method", ["forward", "generate"])
+def test_an_adapter_per_row_is_refused(method):
+    model = T5.model()
+    with pytest.raises(ValueError, match=r"`adapter_names`.*set_adapter"):
+        getattr(model, method)(input_ids=T5.batch()["input_ids"], adapter_names=["default", "default"])
+
+
+# --- generate -------------------------------------------------------------------------------------------------
+
+GENERATION = {
+    "greedy": {},
+    "beams": {"num_beams": 3},
+    "sampling": {"do_sample": True, "top_k": 5},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "beams-several": {"num_beams": 4, "num_return_sequences": 2},
+}
+
+
+@pytest.mark.parametrize("mode", GENERATION)
+@pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
+def test_generate_gives_what_the_merged_adapter_gives_in_peft(name, mode):
+    from peft_residual import convert_to_prompt_tuning
+
+    scenario = SCENARIOS[name]
+    model = scenario.model()
+    ids = scenario.batch()["input_ids"][:1].repeat(2, 1)  # no padding, where PEFT itself is right
+    kwargs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "max_new_tokens": 6, **GENERATION[mode]}
+    torch.manual_seed(3)
+    live = model.generate(**kwargs)
+    convert_to_prompt_tuning(model)
+    torch.manual_seed(3)
+    assert torch.equal(live, model.generate(**kwargs))
+    assert live.shape[0] == 2 * GENERATION[mode].get("num_return_sequences", 1)
+
+
+def test_lengths_of_generation_count_the_text_only():
+    model = SCENARIOS["gpt2"].model()
+    model.base_model.generation_config.eos_token_id = None
+    ids = SCENARIOS["gpt2"].batch()["input_ids"][:1]
+    assert model.generate(ids, max_length=11).shape == (1, 11)
+    assert model.generate(input_ids=ids, max_new_tokens=3).shape == (1, 10)
+    config = copy.deepcopy(model.base_model.generation_config)
+    config.max_length = 12
+    assert model.generate(ids, generation_config=config).shape == (1, 12)
+    assert config.max_length == 12
+    model.generation_config = config
+    assert model.generate(ids).shape == (1, 12)
+    assert torch.equal(model.generate(ids)[:, :7], ids)
+
+
+def test_generate_infers_the_mask_as_transformers_does():
+    model = T5.model()
+    batch = T5.batch(labels=False)
+    assert torch.equal(model.generate(**batch), model.generate(input_ids=batch["input_ids"]))
+
+
+def test_manual_decoding_with_a_cache_equals_one_pass():
+    model = SCENARIOS["llama"].model()
+    ids = SCENARIOS["llama"].batch()["input_ids"][:1]
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits[:, P:]
+        first = model(input_ids=ids[:, :4], use_cache=True)
+        mask = torch.ones_like(ids)
+        rest = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values, attention_mask=mask)
+    torch.testing.assert_close(torch.cat([first.logits[:, P:], rest.logits], dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+# --- where PEFT itself is wrong -------------------------------------------------------------------------------
+
+
+def test_token_classification_scores_input_tokens_only():
+    scenario = SCENARIOS["bert-token"]
+    model = scenario.model()
+    batch = scenario.batch()
+    outputs = model(**batch)
+    assert outputs.logits.shape == (2, 7, 3)
+    expected = torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), batch["labels"].flatten())
+    torch.testing.assert_close(outputs.loss, expected)
+    loss, logits = model(**batch, return_dict=False)[:2]
+    assert torch.equal(loss, outputs.loss) and torch.equal(logits, outputs.logits)
+
+
+def test_question_answering_counts_positions_in_the_input():
+    scenario = SCENARIOS["bert-question"]
+    model = scenario.model()
+    batch = scenario.batch()
+    outputs = model(**batch)
+    assert outputs.start_logits.shape == outputs.end_logits.shape == (2, 7)
+    train(model, scenario, steps=150)
+    model.eval()
+    outputs = model(**batch)
+    assert outputs.start_logits.argmax(-1).tolist() == batch["start_positions"].tolist()
+    assert outputs.end_logits.argmax(-1).tolist() == batch["end_positions"].tolist()
+    beyond = {**batch, "start_positions": torch.tensor([1, 99]), "end_positions": torch.tensor([3, 99])}
+    only_first = {name: value[:1] for name, value in batch.items()}
+    torch.testing.assert_close(model(**beyond).loss, model(**only_first).loss)
+
+
+def test_features_line_up_with_the_input():
+    scenario = SCENARIOS["bert-features"]
+    model = scenario.model()
+    assert model(**scenario.batch()).last_hidden_state.shape == (2, 7, 16)
+
+
+def test_loading_with_a_live_config_leaves_the_live_model_alone(tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path)
+    expected = outputs_of(model, T5.batch())
+    loaded = PeftModel.from_pretrained(tiny_t5(), tmp_path, config=model.peft_config["default"])
+    assert not model.peft_config["default"].inference_mode
+    assert model.get_nb_trainable_parameters()[0] > 0
+    assert torch.equal(outputs_of(model, T5.batch()), expected)
+    assert loaded.peft_config["default"].inference_mode
+
+
+def test_right_padded_rows_are_classified_as_alone_by_a_decoder():
+    from transformers import GPT2ForSequenceClassification
+
+    scenario = SCENARIOS["gpt2"]
+    base = GPT2ForSequenceClassification(tiny_gpt2(num_labels=3).config).eval()
+    model = get_peft_model(base, make_config(task_type=TaskType.SEQ_CLS)).eval()
+    batch = scenario.batch(labels=False)
+    left = {name: value.roll(2, dims=1) for name, value in batch.items()}
+    with torch.no_grad():
+        alone = model(input_ids=batch["input_ids"][1:, :5], attention_mask=torch.ones(1, 5).long()).logits
+        for padded in (batch, left):
+            torch.testing.assert_close(model(**padded).logits[1:], alone, rtol=1e-5, atol=1e-6)
+
+
+# --- bad input ------------------------------------------------------------------------------------------------
+
+
+def test_unsafe_serialization_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="safe_serialization=False"):
+        T5.model().save_pretrained(tmp_path / "out", safe_serialization=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_failed_load_leaves_no_adapter_behind(tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    with pytest.raises(ValueError, match=r"damaged.*[Ss]ave"):
+        model.load_adapter(tmp_path, "second")
+    with pytest.raises(ValueError, match=r"damaged.*[Ss]ave"):
+        PeftModel.from_pretrained(tiny_t5(), tmp_path)
+    assert list(model.peft_config) == ["default"]
+
+
+def test_pickled_weights_are_not_read(tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path)
+    torch.save(adapter_tensors(model), tmp_path / "adapter_model.bin")
+    (tmp_path / "adapter_model.safetensors").unlink()
+    for load in (
+        lambda: PeftModel.from_pretrained(tiny_t5(), tmp_path),
+        lambda: model.load_adapter(tmp_path, "second"),
+    ):
+        with pytest.raises(ValueError, match="pickle"):
+            load()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"encoder_reparameterization_type": "MLP2"},
+        {"encoder_hidden_size": 9},
+        {"encoder_layer_norm": False},
+        {"num_virtual_tokens": 5},
+        {"encoder_shared": False},
+    ],
+)
+def test_resuming_into_another_network_names_every_leaf(other, tmp_path):
+    T5.model().save_pretrained(tmp_path)
+    model = T5.model(**other)
+    before = adapter_tensors(model)
+    with pytest.raises(ValueError, match=r"expected .*, found .*") as error:
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    assert_same_tensors(adapter_tensors(model), before)
+    if "num_virtual_tokens" in other:
+        assert "embedding.weight: expected [5, 16], found [4, 16]" in str(error.value)
+
+
+@pytest.mark.parametrize("other", [{"encoder_activation": "tanh"}, {"encoder_residual": False}])
+def test_resuming_with_other_settings_of_the_same_shapes_is_refused(other, tmp_path):
+    T5.model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="other settings"):
+        T5.model(**other).load_adapter(tmp_path, "default", is_trainable=True)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_checkpoint_without_network_is_refused(is_trainable, tmp_path):
+    from safetensors.torch import save_file
+
+    model = T5.model()
+    model.save_pretrained(tmp_path)
+    save_file({"prompt_embeddings": torch.zeros(4, 16)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"without the raw prompt and its network.*PROMPT"):
+        PeftModel.from_pretrained(tiny_t5(), tmp_path, is_trainable=is_trainable)
+
+
+def test_unknown_checkpoint_version_is_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    T5.model().save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors["residual_prompt_tuning.format_version"] += 1
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"version 2.*reads 1.*Upgrade"):
+        PeftModel.from_pretrained(tiny_t5(), tmp_path)
+
+
+def test_packed_rows_are_refused():
+    model = SCENARIOS["llama"].model()
+    ids = SCENARIOS["llama"].batch()["input_ids"]
+    with pytest.raises(ValueError, match="packing"):
+        model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, -1))
