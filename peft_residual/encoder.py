@@ -18,7 +18,7 @@ from .initialization import initialize_prompt
 from .reparameterization import build_network
 
 
-_RANDOM_STATE_LOCK = threading.Lock()
+_RANDOM_STATE_LOCK = threading.RLock()
 
 
 @contextmanager

@@ -115,7 +115,7 @@ class ResidualPeftModel(PeftModel):
             for name in ("attention_mask", "position_ids", "token_type_ids", "labels" * self.has_token_labels):
                 if inputs.get(name) is not None:
                     inputs[name] = _reorder(inputs[name], order)
-            if position_ids is None and "position_ids" in inspect.signature(self.base_model.forward).parameters:
+            if position_ids is None and _accepts_position_ids(type(self.base_model)):
                 inputs["position_ids"] = _positions(inputs["attention_mask"])
         return inputs
 
@@ -277,7 +277,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         if mask is not None:
             extended = _extend(mask, length, 1, "attention_mask")
             inputs["attention_mask"] = _reorder(extended, _padding_first(self.padding_to_move(mask), length))
-            if position_ids is None and "position_ids" in inspect.signature(self.base_model.forward).parameters:
+            if position_ids is None and _accepts_position_ids(type(self.base_model)):
                 new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
                 inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
         if position_ids is not None:
@@ -373,6 +373,10 @@ def _extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor
     if tensor.ndim != 2:
         raise ValueError(f"`{name}` must have two dimensions (rows, tokens), got shape {list(tensor.shape)}.")
     return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
+
+
+def _accepts_position_ids(model_class: Any) -> bool:
+    return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
 def _positions(mask: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 Two mapping entries make PEFT build and read residual adapters. Three methods of `PeftModel` are wrapped, since they
 refuse or cannot do what residual adapters can: `add_adapter` (gives the model its class of `modeling.py`),
 `load_adapter` and `from_pretrained` (`is_trainable=True`, checks of the file). Wrappers hand everything that is not a
-residual adapter to PEFT's own method, unchanged. See `docs/` in the repository for why each is needed.
+residual adapter to PEFT's own method, unchanged. `docs/how-it-plugs-in.md` says why each is needed.
 """
 
 from __future__ import annotations
@@ -92,12 +92,14 @@ def _wrap(name: str, wrapper: Any) -> None:
     setattr(PeftModel, name, classmethod(wrapped) if is_classmethod else wrapped)
 
 
-def _add_adapter(original: Any, model: PeftModel, adapter_name: str, peft_config: PeftConfig, **kwargs: Any) -> None:
+def _add_adapter(
+    original: Any, model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
+) -> None:
     if not isinstance(peft_config, ResidualPromptTuningConfig):
-        original(model, adapter_name, peft_config, **kwargs)
+        original(model, adapter_name, peft_config, *args, **kwargs)
         return
     peft_config.model_special_ids = _special_ids(model.base_model)
-    original(model, adapter_name, peft_config, **kwargs)
+    original(model, adapter_name, peft_config, *args, **kwargs)
     # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
     model.__class__ = RESIDUAL_MODEL_CLASSES.get(type(model), type(model))
     model.freeze_inactive_prompts()
@@ -141,6 +143,7 @@ def _from_pretrained(
     adapter_name: str = "default",
     is_trainable: bool = False,
     config: PeftConfig | None = None,
+    *args: Any,
     **kwargs: Any,
 ) -> PeftModel:
     hub_kwargs = _hub_kwargs(kwargs)
@@ -149,11 +152,11 @@ def _from_pretrained(
     else:
         is_residual = isinstance(config, ResidualPromptTuningConfig)
     if not is_residual:
-        return original(cls, model, model_id, adapter_name, is_trainable, config, **kwargs)
+        return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
     _check_file(model_id, kwargs)
     config = copy.deepcopy(config)  # PEFT switches the config to inference: not the one of a live model
     with _training_modes_kept(model, keep=is_trainable):
-        peft_model = original(cls, model, model_id, adapter_name, False, config, **kwargs)
+        peft_model = original(cls, model, model_id, adapter_name, False, config, *args, **kwargs)
     if is_trainable:
         peft_model.training = True
         peft_model.prompt_encoder.train()

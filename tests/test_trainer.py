@@ -1,0 +1,162 @@
+"""HF Trainer: exact resume in a new process, the best model at the end, evaluation of every task."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_config
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from scenarios import SCENARIOS, fresh, outputs_of
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+STEPS = 4  # saved halfway: 2 * STEPS in all
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows of random tokens, with the labels of a scenario."""
+
+    def __init__(self, scenario, count=16):
+        generator = torch.Generator().manual_seed(5)
+        ids = torch.randint(3, 64, (count, 7), generator=generator)
+        columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **scenario.labels(ids)}
+        if "start_positions" in columns:
+            columns |= {"start_positions": ids[:, 0] % 7, "end_positions": ids[:, 1] % 7}
+        self.rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+def arguments(folder, **overrides):
+    values = {
+        "output_dir": str(folder),
+        "max_steps": 2 * STEPS,
+        "save_steps": STEPS,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 2,
+        "weight_decay": 0.01,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 11,
+    }
+    return TrainingArguments(**{**values, **overrides})
+
+
+def make_trainer(folder, name="t5", callbacks=None, config=None, **overrides):
+    torch.manual_seed(0)
+    scenario = SCENARIOS[name]
+    settings = {"encoder_dropout": 0.3, "prompt_tuning_init_seed": 1, **(config or {})}
+    model = get_peft_model(scenario.build(), make_config(task_type=scenario.task_type, **settings))
+    rows = Rows(scenario)
+    return Trainer(
+        model, arguments(folder, **overrides), train_dataset=rows, eval_dataset=rows, callbacks=callbacks or []
+    )
+
+
+RESUME_PROCESS = """
+import sys
+sys.path.insert(0, "tests")
+from conftest import torch
+from test_trainer import make_trainer
+trainer = make_trainer(sys.argv[1], name=sys.argv[2], config={"encoder_reparameterization_type": sys.argv[3]})
+trainer.train(resume_from_checkpoint=True)
+"""
+
+
+def assert_same_state(left, right):
+    """Weights and the optimizer's state of two checkpoints, bit for bit."""
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (left, right))
+    assert one.keys() == other.keys()
+    for key in one:
+        assert torch.equal(one[key], other[key]), key
+    one, other = (torch.load(folder / "optimizer.pt") for folder in (left, right))
+    assert one["param_groups"] == other["param_groups"]
+    assert one["state"].keys() == other["state"].keys()
+    for index, moments in one["state"].items():
+        for key, value in moments.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["state"][index][key])), (index, key)
+
+
+@pytest.mark.parametrize("name, kind", [("t5", "MLP1"), ("llama", "TRANSFORMER"), ("bert-sequence", "MLP2")])
+def test_resuming_in_a_new_process_equals_never_having_stopped(name, kind, tmp_path):
+    config = {"encoder_reparameterization_type": kind}
+    straight = tmp_path / "straight"
+    make_trainer(straight, name, config=config).train()
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == STEPS
+
+    interrupted = tmp_path / "interrupted"
+    make_trainer(interrupted, name, config=config, callbacks=[Stop()]).train()
+    assert not (interrupted / f"checkpoint-{2 * STEPS}").exists()
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RESUME_PROCESS, interrupted, name, kind], check=True)
+    assert_same_state(*(folder / f"checkpoint-{2 * STEPS}" for folder in (straight, interrupted)))
+    start, end = (load_file(straight / f"checkpoint-{n}/adapter_model.safetensors") for n in (STEPS, 2 * STEPS))
+    assert all(not torch.equal(start[key], end[key]) for key in start if not key.endswith("format_version"))
+
+
+def test_best_model_at_the_end_is_the_best_checkpoint_exactly(tmp_path):
+    scores = iter([0.1, 0.9, 0.3, 0.2, 0.9])  # the second of four checkpoints is the best
+    trainer = make_trainer(
+        tmp_path,
+        save_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="score",
+        greater_is_better=True,
+    )
+    trainer.compute_metrics = lambda prediction: {"score": next(scores)}
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-4")
+    batch = SCENARIOS["t5"].batch()
+    loaded = PeftModel.from_pretrained(fresh(trainer.model.base_model), best)
+    assert torch.equal(outputs_of(trainer.model, batch), outputs_of(loaded, batch))
+    last = PeftModel.from_pretrained(fresh(trainer.model.base_model), tmp_path / f"checkpoint-{2 * STEPS}")
+    assert not torch.equal(outputs_of(loaded, batch), outputs_of(last, batch))
+    losses = {e["step"]: e["eval_loss"] for e in trainer.state.log_history if "eval_loss" in e}
+    assert trainer.evaluate()["eval_loss"] == losses[4]
+    state = load_file(f"{best}/adapter_model.safetensors")
+    assert all(torch.equal(t, state[k]) for k, t in get_peft_model_state_dict(trainer.model).items())
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2", "bert-sequence", "bert-token", "bert-question"])
+def test_trainer_trains_and_evaluates_every_task(name, tmp_path):
+    seen = {}
+
+    def compute_metrics(prediction):
+        seen["shapes"] = [[len(p), *p.shape[1:]] for p in (prediction.predictions, prediction.label_ids)]
+        return {}
+
+    settings = {"max_steps": 40, "learning_rate": 0.03, "per_device_train_batch_size": 16, "save_strategy": "no"}
+    trainer = make_trainer(tmp_path, name, config={"encoder_dropout": 0.0}, **settings)
+    if name == "bert-token":
+        trainer.compute_metrics = compute_metrics
+    for module in trainer.model.base_model.modules():  # noise that would hide a small gain
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+    if name == "bert-token":
+        assert seen["shapes"] == [[16, 7, 3], [16, 7]]  # a score for each label
+
+
+def test_resuming_with_another_network_fails_before_training(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=STEPS)
+    trainer.train()
+    other = make_trainer(tmp_path, config={"encoder_hidden_size": 9})
+    with pytest.raises(ValueError, match=r"network.down.weight: expected \[9, 16\], found \[8, 16\]"):
+        other.train(resume_from_checkpoint=True)
