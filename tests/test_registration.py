@@ -1,6 +1,7 @@
 """The plug: importing the package changes nothing for other methods, and is safe however it is done."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -17,7 +18,8 @@ from peft_residual import ResidualPromptEncoder
 def run_python(code, *args):
     """Run code in a fresh Python and return what it printed last, as JSON."""
     command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code), *map(str, args)]
-    result = subprocess.run(command, capture_output=True, text=True)
+    env = {**os.environ, "PYTHONHASHSEED": "0"}  # PEFT writes sets in their order
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.strip().splitlines()[-1])
 
