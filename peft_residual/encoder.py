@@ -142,7 +142,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         """
         own = self.state_dict()
         if not self.is_trainable and all(torch.equal(tensor, own[leaf].cpu()) for leaf, tensor in state.items()):
-            return self.frozen_projection().to("cpu", torch.float32, copy=True)
+            remembered = self.frozen_projection()
+            if (
+                remembered.dtype == torch.float32
+            ):  # it is cast along with the model, the weights' own projection is not
+                return remembered.to("cpu", copy=True)
         return project_state(self.config, state)
 
     @classmethod

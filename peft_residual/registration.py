@@ -27,7 +27,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from . import checkpoint
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
 from .encoder import ResidualPromptEncoder
-from .modeling import RESIDUAL_MODEL_CLASSES
+from .modeling import RESIDUAL_MODEL_CLASSES, ResidualPeftModel
 
 
 _LOCK = threading.Lock()
@@ -98,11 +98,26 @@ def _add_adapter(
     if not isinstance(peft_config, ResidualPromptTuningConfig):
         original(model, adapter_name, peft_config, *args, **kwargs)
         return
+    model_class = _residual_class(type(model))
     peft_config.model_special_ids = _special_ids(model.base_model)
     original(model, adapter_name, peft_config, *args, **kwargs)
     # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
-    model.__class__ = RESIDUAL_MODEL_CLASSES.get(type(model), type(model))
+    model.__class__ = model_class
     model.freeze_inactive_prompts()
+
+
+def _residual_class(model_class: type[PeftModel]) -> type[PeftModel]:
+    if issubclass(model_class, ResidualPeftModel):
+        return model_class
+    for known, residual in RESIDUAL_MODEL_CLASSES.items():
+        if model_class is known:
+            return residual
+        if issubclass(model_class, known):  # a subclass of the user's
+            return type(f"Residual{model_class.__name__}", (residual, model_class), {})
+    raise TypeError(
+        f"{model_class.__name__} does not put a prompt in front of the input. Build the model with "
+        "`peft.get_peft_model(model, config)`, which takes PEFT's class for the config's `task_type`."
+    )
 
 
 def _load_adapter(

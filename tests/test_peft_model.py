@@ -410,6 +410,31 @@ def test_right_padded_rows_are_classified_as_alone_by_a_decoder():
             torch.testing.assert_close(model(**padded).logits[1:], alone, rtol=1e-5, atol=1e-6)
 
 
+def test_a_users_own_subclass_keeps_its_methods():
+    class Own(peft.PeftModelForSeq2SeqLM):
+        def hello(self):
+            return "hello"
+
+    base = tiny_t5()
+    model = Own(fresh(base), make_config())
+    assert model.hello() == "hello"
+    expected = get_peft_model(base, make_config())
+    expected.prompt_encoder.load_state_dict(model.prompt_encoder.state_dict())
+    assert torch.equal(outputs_of(model, T5.batch()), outputs_of(expected, T5.batch()))
+    with pytest.raises(TypeError, match=r"PeftModel does not .*get_peft_model"):
+        PeftModel(tiny_t5(), make_config())
+
+
+def test_an_adapter_cast_with_its_model_is_saved_so_that_it_loads(tmp_path):
+    base = tiny_t5()
+    T5.model(fresh(base)).save_pretrained(tmp_path / "full")
+    model = PeftModel.from_pretrained(fresh(base), tmp_path / "full").to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "cast")
+    loaded = PeftModel.from_pretrained(base.to(torch.bfloat16), tmp_path / "cast")
+    served = model.prompt_encoder["default"]().float()
+    torch.testing.assert_close(loaded.prompt_encoder["default"](), served, rtol=2e-2, atol=2e-2)
+
+
 # --- bad input ------------------------------------------------------------------------------------------------
 
 
