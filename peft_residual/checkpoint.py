@@ -65,17 +65,17 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], di
             f"The checkpoint has no `{PROMPT_KEY}`, it holds {sorted(tensors)}. It is not a prompt, or only half of "
             "one: save the adapter again."
         )
-    if VERSION_KEY not in tensors or PREFIX + RAW_PROMPT not in tensors:
+    version = tensors.get(VERSION_KEY)
+    if version is not None and (version.numel() != 1 or version.item() != FORMAT_VERSION):
+        raise ValueError(
+            f"The checkpoint has format version {version.tolist()}, this peft_residual reads {FORMAT_VERSION}. "
+            "Upgrade peft_residual."
+        )
+    if version is None or PREFIX + RAW_PROMPT not in tensors:
         raise ValueError(
             "The checkpoint holds a projected prompt without the raw prompt and its network, though its config says "
             "RESIDUAL_PROMPT_TUNING. It cannot be trained on or saved again. Use the folder that "
             "`model.save_pretrained` wrote, or start a new adapter from this one with prompt_tuning_init='PROMPT'."
-        )
-    version = tensors[VERSION_KEY]
-    if version.numel() != 1 or version.item() != FORMAT_VERSION:
-        raise ValueError(
-            f"The checkpoint has format version {version.tolist()}, this peft_residual reads {FORMAT_VERSION}. "
-            "Upgrade peft_residual."
         )
     state = {key.removeprefix(PREFIX): tensors[key] for key in tensors if key.startswith(PREFIX)}
     del state[VERSION_KEY.removeprefix(PREFIX)]
@@ -202,11 +202,18 @@ def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
         values = read_config(locate(source, CONFIG_NAME))
         if values.get("num_transformer_submodules") == 2:
             per_submodule = values.get("num_virtual_tokens")
+            if type(per_submodule) is not int or 2 * per_submodule != len(prompt):
+                raise ValueError(
+                    f"`{source}` holds {len(prompt)} rows, but its config says num_virtual_tokens={per_submodule!r} "
+                    "and num_transformer_submodules=2. The adapter is damaged: save it again."
+                )
     if prompt.ndim != 2 or not prompt.is_floating_point():
         raise ValueError(
             f"`{source}` holds a tensor of shape {list(prompt.shape)} and type {prompt.dtype}, expected a prompt: two "
             "dimensions (virtual tokens, width) of floating-point numbers."
         )
+    if not prompt.isfinite().all():
+        raise ValueError(f"`{source}` holds NaN or infinite numbers, expected a finite prompt. Train it again.")
     return prompt.float(), per_submodule
 
 

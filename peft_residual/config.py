@@ -176,7 +176,8 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                 "front of the input according to the task; without one the prompt would not be used."
             )
         self._check_positive_int("num_virtual_tokens")
-        if self.num_transformer_submodules not in (None, 1, 2):
+        submodules = self.num_transformer_submodules
+        if submodules is not None and (type(submodules) is not int or submodules not in (1, 2)):
             raise ValueError(
                 f"`num_transformer_submodules` must be 1, or 2 to keep rows for a decoder as PEFT does, got "
                 f"{self.num_transformer_submodules!r}. Leave it out."
@@ -229,8 +230,10 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         INITIALIZATIONS[init]
         self._check_positive_int("init_vocab_size")
         seed = self.prompt_tuning_init_seed
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-            raise ValueError(f"`prompt_tuning_init_seed` must be None or an integer of at least 0, got {seed!r}.")
+        if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):
+            raise ValueError(
+                f"`prompt_tuning_init_seed` must be None or an integer of at least 0 and below 2**64, got {seed!r}."
+            )
         for name, kinds in _INIT_FIELDS.items():
             given = bool(getattr(self, name))
             if init in kinds and not given:
@@ -247,7 +250,10 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                 "Name the base model's tokenizer."
             )
         if self.tokenizer_kwargs and not self.tokenizer_name_or_path:
-            raise ValueError("`tokenizer_kwargs` has no effect without `tokenizer_name_or_path`. Set it too.")
+            raise ValueError(
+                f"`tokenizer_kwargs`={self.tokenizer_kwargs!r} has no effect without `tokenizer_name_or_path`. Set it "
+                "too."
+            )
         self._check_init_lists()
 
     def _check_init_lists(self) -> None:
@@ -261,11 +267,12 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                     f"{self.num_virtual_tokens}. Give at most one label per virtual token, or more tokens."
                 )
         if token_ids is not None:
-            valid = isinstance(token_ids, (list, tuple)) and all(type(i) is int and i >= 0 for i in token_ids)
-            if not valid or not token_ids:
+            is_list = isinstance(token_ids, (list, tuple))
+            wrong = [i for i in token_ids if type(i) is not int or i < 0] if is_list else token_ids
+            if not token_ids or wrong:
                 raise ValueError(
-                    "`prompt_tuning_init_token_ids` must be a list of token ids (integers of at least 0); "
-                    "`peft_residual.most_common_token_ids` makes one."
+                    "`prompt_tuning_init_token_ids` must be a list of token ids (integers of at least 0), got "
+                    f"{wrong or token_ids!r}. `peft_residual.most_common_token_ids` makes one."
                 )
             if self.prompt_tuning_init in ("RANDOM", "SAMPLE_VOCAB", "TEXT", "PROMPT"):
                 raise ValueError(

@@ -52,6 +52,12 @@ class ResidualPromptEncoder(BasePromptEncoder):
     def __init__(self, config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> None:
         super().__init__()
         config.check_token_dim()
+        width = getattr(word_embeddings, "embedding_dim", config.token_dim)
+        if width != config.token_dim:
+            raise ValueError(
+                f"`token_dim`={config.token_dim} does not fit the model, whose word embeddings have width {width}. "
+                f"Load the adapter into the base model that it was trained for, or set token_dim={width}."
+            )
         self.config = config
         seed = config.prompt_tuning_init_seed
         generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)

@@ -201,7 +201,11 @@ def sample_common_vocabulary(
 
 
 def _sample_common(
-    config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator, count: int
+    config: ResidualPromptTuningConfig,
+    word_embeddings: nn.Module,
+    generator: torch.Generator,
+    count: int,
+    taken: Collection[int] = (),
 ) -> Tensor:
     num_rows = _num_rows(word_embeddings)
     ids = config.prompt_tuning_init_token_ids
@@ -215,7 +219,7 @@ def _sample_common(
         word_embeddings,
         count,
         candidates=common[: config.init_vocab_size],
-        exclude_ids=excluded_ids(config, word_embeddings),
+        exclude_ids=excluded_ids(config, word_embeddings) | set(taken),
         generator=generator,
     )
 
@@ -244,7 +248,8 @@ def from_class_labels(
 ) -> Tensor:
     """One row per label word, the mean over its tokens, then common vocabulary (Lester et al., 2021, section 3.2)."""
     tokenizer = _tokenizer(config)
-    rows = []
+    rows: list[Tensor] = []
+    taken: set[int] = set()
     for label in config.prompt_tuning_init_class_labels or []:
         ids = tokenizer(label, add_special_tokens=False)["input_ids"]
         if not ids or tokenizer.unk_token_id in ids:
@@ -253,9 +258,11 @@ def from_class_labels(
                 "word."
             )
         rows.append(look_up(word_embeddings, ids).mean(dim=0, keepdim=True))
+        if len(ids) == 1:
+            taken.update(ids)
     rest = config.total_virtual_tokens - len(rows)
     if rest:
-        rows.append(_sample_common(config, word_embeddings, generator, rest))
+        rows.append(_sample_common(config, word_embeddings, generator, rest, taken))
     return torch.cat(rows)
 
 

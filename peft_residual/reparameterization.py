@@ -62,12 +62,13 @@ class PerTokenLinear(nn.Module):
     def __init__(self, num_tokens: int, in_features: int, out_features: int) -> None:
         super().__init__()
         bound = 1 / math.sqrt(in_features)
-        self.weight = nn.Parameter(torch.empty(num_tokens, out_features, in_features).uniform_(-bound, bound))
+        self.weight = nn.Parameter(torch.empty(num_tokens, in_features, out_features).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(num_tokens, out_features).uniform_(-bound, bound))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `[P, in_features]` to `[P, out_features]`."""
-        return torch.baddbmm(self.bias.unsqueeze(-1), self.weight, inputs.unsqueeze(-1)).squeeze(-1)
+        # Rows times `[in, out]`, the transpose of `nn.Linear`: columns take more than twice as long on a CPU.
+        return torch.baddbmm(self.bias.unsqueeze(1), inputs.unsqueeze(1), self.weight).squeeze(1)
 
 
 class PerTokenLayerNorm(nn.Module):

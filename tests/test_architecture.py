@@ -1,0 +1,286 @@
+"""The package's layers, read from its source: who imports whom, who changes PEFT, what is loaded and documented."""
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import peft
+import pytest
+from peft.tuners import tuners_utils
+
+import peft_residual
+from peft_residual.compat import check_peft
+
+
+PACKAGE = Path(peft_residual.__file__).parent
+TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+
+# Every module, and all that it may import of the package. A module may only import from those above it.
+MAY_IMPORT = {
+    "compat": set(),
+    "registry": set(),
+    "config": {"registry"},
+    "checkpoint": set(),
+    "reparameterization": {"registry", "config"},
+    "initialization": {"registry", "config", "checkpoint"},
+    "encoder": {"config", "checkpoint", "reparameterization", "initialization"},
+    "modeling": {"config"},
+    "registration": {"checkpoint", "config", "encoder", "modeling"},
+    "export": {"checkpoint", "config"},
+    "__init__": {"compat", "config", "encoder", "export", "initialization", "registration", "reparameterization"},
+}
+# What may be imported when a module is; anything else only inside the function that needs it.
+AT_IMPORT = {"peft", "safetensors", "torch", *sys.stdlib_module_names}
+TOUCHES_PEFT = {"registration"}
+
+
+def imports(node):
+    """(level, module, names) of every import below a node."""
+    for child in ast.walk(node):
+        if isinstance(child, ast.Import):
+            for alias in child.names:
+                yield 0, alias.name, []
+        elif isinstance(child, ast.ImportFrom):
+            yield child.level, child.module or "", [alias.name for alias in child.names]
+
+
+def at_import(tree):
+    """The statements that run when a module is imported: not the bodies of functions."""
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef):
+            yield from at_import(node)
+        elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For)):
+            yield from (child for child in ast.walk(node) if isinstance(child, (ast.Import, ast.ImportFrom)))
+        elif not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node
+
+
+def imported_from_the_package(tree):
+    found = set()
+    for level, module, names in imports(tree):
+        if level == 1:
+            found.update([module] if module else names)
+        elif level == 0 and module.split(".")[0] == "peft_residual":
+            found.add(module)
+    return found
+
+
+def test_every_module_has_its_place_in_the_table():
+    assert set(TREES) == set(MAY_IMPORT)
+
+
+def test_the_table_has_no_circles():
+    order = [name for name in MAY_IMPORT if name != "__init__"]
+    below = {name: MAY_IMPORT[name] for name in order}
+    while below:
+        free = {name for name, needs in below.items() if not needs & below.keys()}
+        assert free, f"these import each other: {sorted(below)}"
+        below = {name: needs for name, needs in below.items() if name not in free}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_module_imports_only_from_those_above_it(name):
+    assert imported_from_the_package(TREES[name]) <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_heavy_is_imported_with_a_module(name):
+    found = {m.split(".")[0] for node in at_import(TREES[name]) for level, m, _ in imports(node) if not level}
+    assert found <= AT_IMPORT
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_relative_imports_stay_inside_the_package(name):
+    assert {level for level, _, _ in imports(TREES[name])} <= {0, 1}
+
+
+# --- who changes PEFT -----------------------------------------------------------------------------------------------
+
+
+def peft_names(tree):
+    """The names under which a module knows PEFT, its parts, and aliases of parts."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found.update((a.asname or a.name).split(".")[0] for a in node.names if a.name.split(".")[0] == "peft")
+        elif isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "peft":
+            found.update(a.asname or a.name for a in node.names)
+    return found
+
+
+def root(node):
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def changes_to(tree, names):
+    """Lines that assign to, delete from, or call a changing method of one of the names."""
+    for node in ast.walk(tree):
+        targets = []
+        if isinstance(node, (ast.Assign, ast.Delete)):
+            targets = node.targets
+        elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+            targets = [node.target]
+        elif isinstance(node, ast.Call):
+            function = node.func
+            if isinstance(function, ast.Name) and function.id in ("setattr", "delattr"):
+                targets = [ast.Attribute(node.args[0], "changed")]
+            elif isinstance(function, ast.Attribute) and function.attr in (
+                *(
+                    "update",
+                    "setdefault",
+                    "pop",
+                    "popitem",
+                    "clear",
+                    "__setitem__",
+                    "__setattr__",
+                    "register_peft_method",
+                ),
+                *("add", "append", "extend", "insert", "remove"),
+            ):
+                targets = [ast.Attribute(function.value, "changed")]
+        for target in targets:
+            if isinstance(target, (ast.Attribute, ast.Subscript)) and root(target) in names:
+                yield node.lineno
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_only_registration_changes_anything_of_peft(name):
+    lines = sorted(changes_to(TREES[name], peft_names(TREES[name])))
+    assert bool(lines) == (name in TOUCHES_PEFT), f"lines {lines}"
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_only_registration_changes_the_class_of_an_object(name):
+    assigned = {
+        target.attr
+        for node in ast.walk(TREES[name])
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Attribute)
+    }
+    assert ("__class__" in assigned) == (name in TOUCHES_PEFT)
+
+
+@pytest.mark.parametrize(
+    "code",
+    (
+        "from peft import PeftModel\nPeftModel.forward = 3",
+        "import peft\npeft.mapping.TABLE['a'] = 3",
+        "import peft.mapping\ndef f():\n    setattr(peft.PeftModel, 'forward', 3)",
+        "from peft.mapping import TABLE as table\ntable.update(a=3)",
+        "from peft.mapping import TABLE\ndel TABLE['a']",
+    ),
+)
+def test_a_change_to_peft_is_seen(code):
+    tree = ast.parse(code)
+    assert list(changes_to(tree, peft_names(tree)))
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_nothing_unpickles(name):
+    """No `torch.load`, no pickle, no code from a checkpoint."""
+    tree = TREES[name]
+    assert not {module.split(".")[0] for _, module, _ in imports(tree)} & {"pickle", "cloudpickle", "dill", "joblib"}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    dotted = {f"{root(c.func)}.{c.func.attr}" for c in calls if isinstance(c.func, ast.Attribute)}
+    assert not dotted & {"torch.load", "pickle.load", "pickle.loads"}
+    assert not {c.func.id for c in calls if isinstance(c.func, ast.Name)} & {"eval", "exec", "__import__"}
+    keywords = {(k.arg, getattr(k.value, "value", None)) for c in calls for k in c.keywords}
+    assert not keywords & {("allow_pickle", True), ("trust_remote_code", True), ("weights_only", False)}
+
+
+# --- import ---------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_nothing_heavy_beyond_peft_and_is_silent():
+    code = (
+        "import sys, warnings, peft; before = set(sys.modules); warnings.simplefilter('error')\n"
+        "import peft_residual; new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "heavy = {'matplotlib', 'datasets', 'accelerate', 'transformers', 'sklearn', 'pandas', 'scipy'}\n"
+        "assert not new & heavy, new & heavy\n"
+        "assert not {'matplotlib', 'datasets'} & set(sys.modules)\n"
+    )
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=False)
+    assert (result.returncode, result.stdout) == (0, ""), result.stderr
+    assert "peft_residual" not in result.stderr
+
+
+def test_peft_is_checked_before_anything_else_of_the_package_is_imported():
+    lines = [ast.unparse(node) for node in TREES["__init__"].body]
+    check = lines.index("check_peft()")
+    assert [line for line in lines[1:check] if "import" in line] == ["from .compat import check_peft"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "words"),
+    [
+        (tuners_utils, "BasePromptEncoder", "BasePromptEncoder._get_adapter_state_dict"),
+        (tuners_utils.BasePromptEncoder, "_get_adapter_state_dict", "BasePromptEncoder._get_adapter_state_dict"),
+        (tuners_utils.BasePromptEncoder, "_load_adapter_state_dict", "BasePromptEncoder._load_adapter_state_dict"),
+        (peft.PeftModel, "get_prompt_embedding_to_save", "PeftModel.get_prompt_embedding_to_save"),
+        (peft.mapping, "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING[PROMPT_TUNING]"),
+    ],
+)
+def test_a_peft_without_a_hook_is_refused_by_name(owner, name, words, monkeypatch):
+    monkeypatch.delattr(owner, name)
+    with pytest.raises(ImportError) as error:
+        check_peft()
+    message = str(error.value)
+    assert words in message and f"peft {peft.__version__}" in message
+    assert "pip install 'peft>=0.21.2,<0.22'" in message
+
+
+# --- documentation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_every_module_says_what_it_is(name):
+    assert len(ast.get_docstring(TREES[name]) or "") > 20
+
+
+def public_definitions():
+    """Every public module-level function and class, and every public method."""
+    for module, tree in TREES.items():
+        for node in tree.body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                yield f"{module}.{node.name}", node
+                if isinstance(node, ast.ClassDef):
+                    for method in node.body:
+                        if isinstance(method, ast.FunctionDef) and not method.name.startswith("_"):
+                            yield f"{module}.{node.name}.{method.name}", method
+
+
+def test_every_public_definition_has_a_docstring():
+    assert [name for name, node in public_definitions() if not ast.get_docstring(node)] == []
+
+
+def test_every_public_name_exists_is_sorted_and_is_documented():
+    names = peft_residual.__all__
+    assert names == sorted(names)
+    assert [name for name in names if not inspect.getdoc(getattr(peft_residual, name))] == []
+
+
+@pytest.mark.parametrize("name", [n for n in peft_residual.__all__ if inspect.isfunction(getattr(peft_residual, n))])
+def test_the_docstring_of_a_public_function_names_every_argument(name):
+    function = getattr(peft_residual, name)
+    missing = [arg for arg in inspect.signature(function).parameters if f"        {arg} (" not in function.__doc__]
+    assert missing == []
+    assert "Raises:" in function.__doc__
+
+
+def test_the_package_prints_nothing():
+    calls = [
+        n.func.id for t in TREES.values() for n in ast.walk(t) if isinstance(n, ast.Call) and hasattr(n.func, "id")
+    ]
+    assert "print" not in calls
+
+
+def test_inputs_are_not_checked_with_assert():
+    """`python -O` removes it."""
+    found = [(name, n.lineno) for name, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.Assert)]
+    assert found == []
