@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -99,7 +99,7 @@ class ResidualPeftModel(PeftModel):
                 del inputs["token_type_ids"]
         if self.has_token_labels and inputs.get("labels") is not None:
             inputs["labels"] = _extend(inputs["labels"], length, -100, "labels")
-        if not _is_decoder_only(self.base_model):
+        if not self.reads_left_to_right():
             # Bidirectional models number positions in ways of their own (RoBERTa starts at 2): leave it to them.
             if position_ids is not None:
                 warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
@@ -118,6 +118,10 @@ class ResidualPeftModel(PeftModel):
             if position_ids is None and _accepts_position_ids(type(self.base_model)):
                 inputs["position_ids"] = _positions(inputs["attention_mask"])
         return inputs
+
+    def reads_left_to_right(self) -> bool:
+        """Whether the base model is decoder-only, whatever head it has."""
+        return _model_type(self.base_model) in _decoder_only_types()
 
     def padding_to_move(self, mask: Tensor) -> Tensor:
         """Which of the tokens `[B, L]` come to stand in front of the prompt: the padding in front of the text."""
@@ -264,6 +268,10 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
 
     has_token_labels = True
 
+    def reads_left_to_right(self) -> bool:
+        """All do but those made from bidirectional models; a type that transformers does not know is taken to."""
+        return _model_type(self.base_model) not in _bidirectional_types()
+
     def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Run the base model; a filled cache already holds the prompt."""
         cache = inputs.get("past_key_values")
@@ -342,7 +350,7 @@ class ResidualPeftModelForFeatureExtraction(ResidualPeftModel, PeftModelForFeatu
     def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Run the base model and drop the prompt's features."""
         names = ("last_hidden_state",)
-        if self.base_model.config.is_encoder_decoder:
+        if getattr(self.base_model.config, "is_encoder_decoder", False):
             names = ("encoder_last_hidden_state",)
         return _without_prompt(super().prompted_forward, self.base_model, config, inputs, names)
 
@@ -389,19 +397,21 @@ def _positions(mask: Tensor) -> Tensor:
     return (torch.arange(mask.shape[1], device=mask.device) - skipped.long().cumsum(-1)).clamp(min=0)
 
 
-def _is_decoder_only(base_model: Any) -> bool:
-    """Whether a model reads from left to right only, whatever head it has."""
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
+def _model_type(base_model: Any) -> str | None:
+    return getattr(getattr(base_model, "config", None), "model_type", None)
 
-    config = base_model.config
-    if config.is_encoder_decoder:
-        return False
-    return config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and (
-        config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(config, "is_decoder", False)
-    )
+
+def _bidirectional_types() -> Collection[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    return MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+
+def _decoder_only_types() -> set[str]:
+    from transformers.models.auto import modeling_auto
+
+    encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+    return set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(_bidirectional_types()) - set(encoder_decoders)
 
 
 def _padding_first(moved: Tensor, length: int) -> Tensor:
