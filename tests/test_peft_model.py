@@ -456,6 +456,18 @@ def test_failed_load_leaves_no_adapter_behind(tmp_path):
     assert list(model.peft_config) == ["default"]
 
 
+def test_a_load_that_fails_late_leaves_no_adapter_behind(tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"encoder_activation": "relu"', '"encoder_activation": "tanh"'))
+    expected = outputs_of(model, T5.batch())
+    with pytest.raises(ValueError, match="other settings"):
+        model.load_adapter(tmp_path, "second")
+    assert list(model.peft_config) == list(model.prompt_encoder) == ["default"]
+    assert torch.equal(outputs_of(model, T5.batch()), expected)
+
+
 def test_pickled_weights_are_not_read(tmp_path):
     model = T5.model()
     model.save_pretrained(tmp_path)
