@@ -41,7 +41,9 @@ class DemoArguments:
     """What to train on what."""
 
     model: str = field(default=str(MODEL), metadata={"help": "Encoder-decoder model: a folder or a Hub id."})
-    dataset: str = field(default="topic", metadata={"help": f"One of {', '.join(TASKS)}, or a data set on the Hub."})
+    dataset: str = field(
+        default="sentiment", metadata={"help": f"One of {', '.join(TASKS)}, or a data set on the Hub."}
+    )
     subset: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     text_column: str = field(default="text", metadata={"help": "Column with the input text."})
     label_words: list[str] | None = field(default=None, metadata={"help": "A word per class, where labels are ids."})

@@ -21,7 +21,7 @@ VOCAB_SIZE = 64
 WIDTH = 16
 PAD, EOS, UNK = 0, 1, 2
 BASE = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
-WORDS = (  # noqa: SIM905
+WORDS = (
     "good bad great poor red green blue fast slow the a an of to in is was it this that film book song food place "
     "person cat dog bird fish one two three four five six seven eight nine ten yes no maybe up down left right sun"
 ).split()
