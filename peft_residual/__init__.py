@@ -13,6 +13,7 @@ from .config import ResidualPromptTuningConfig  # noqa: E402
 from .encoder import ResidualPromptEncoder  # noqa: E402
 from .export import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning  # noqa: E402
 from .initialization import most_common_token_ids, register_initialization  # noqa: E402
+from .optimization import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout  # noqa: E402
 from .registration import register  # noqa: E402
 from .reparameterization import register_reparameterization  # noqa: E402
 
@@ -20,9 +21,12 @@ from .reparameterization import register_reparameterization  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "ResidualOptimizerFactory",
     "ResidualPromptEncoder",
     "ResidualPromptTuningConfig",
     "convert_to_prompt_tuning",
+    "create_residual_optimizer",
+    "disable_base_dropout",
     "get_prompt_tensor",
     "most_common_token_ids",
     "register_initialization",

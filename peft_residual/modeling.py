@@ -256,6 +256,23 @@ class ResidualPeftModel(PeftModel):
 class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
     """Encoder-decoder models: the prompt stands in front of the encoder's input, the decoder gets none."""
 
+    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+        """Run the base model; with `num_items_in_batch`, the loss is the sum over this many target tokens' share.
+
+        The Trainer passes the number of target tokens of all accumulated batches; T5 and BART take the mean of each
+        (transformers issue 47688), which multiplies gradients by the number of batches.
+        """
+        num_items = inputs.pop("num_items_in_batch", None)
+        outputs = super().prompted_forward(config, inputs)
+        labels = inputs.get("labels")
+        if num_items is None or labels is None:
+            return outputs
+        share = (labels != -100).sum() / num_items
+        if isinstance(outputs, tuple):
+            return (outputs[0] * share, *outputs[1:])
+        outputs.loss = outputs.loss * share
+        return outputs
+
     def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Generate from the encoder's prompted input."""
         if inputs.pop("encoder_outputs", None) is not None:

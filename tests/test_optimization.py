@@ -1,0 +1,185 @@
+"""An optimizer with a rate for each part, a frozen model without dropout, and losses that accumulate rightly."""
+
+import pytest
+import torch
+from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from peft import PromptTuningConfig, get_peft_model
+from scenarios import SCENARIOS
+from transformers import Adafactor, Trainer
+
+from peft_residual import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout
+
+
+def names_of(model, optimizer):
+    """Group name to the names of its parameters."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {group["name"]: sorted(names[id(p)] for p in group["params"]) for group in optimizer.param_groups}
+
+
+def test_every_trainable_parameter_is_in_one_group_and_no_other_is():
+    scenario = SCENARIOS["bert-sequence"]
+    model = get_peft_model(scenario.build(), make_config(task_type="SEQ_CLS"))
+    model.add_adapter("other", make_config(task_type="SEQ_CLS"))
+    groups = names_of(model, create_residual_optimizer(model))
+    encoder, head = "prompt_encoder.default.", "base_model.classifier.modules_to_save.default."
+    assert groups == {
+        "prompt": [f"{encoder}embedding.weight"],
+        "encoder": [f"{encoder}network.down.weight", f"{encoder}network.up.weight"],
+        "encoder_no_decay": [
+            f"{encoder}network.{leaf}" for leaf in ("down.bias", "norm.bias", "norm.weight", "up.bias")
+        ],
+        "modules_to_save": [f"{head}weight"],
+        "modules_to_save_no_decay": [f"{head}bias"],
+    }
+    trainable = sorted(name for name, p in model.named_parameters() if p.requires_grad)
+    assert sorted(name for members in groups.values() for name in members) == trainable
+
+
+def test_per_token_biases_and_norms_do_not_decay():
+    model = get_peft_model(tiny_t5(), make_config(encoder_shared=False))
+    groups = names_of(model, create_residual_optimizer(model))
+    assert [name.split("network.")[1] for name in groups["encoder"]] == ["down.weight", "up.weight"]
+
+
+def test_rates_and_decays_reach_their_groups():
+    model = SCENARIOS["bert-sequence"].model()
+    optimizer = create_residual_optimizer(
+        model,
+        learning_rate=0.5,
+        encoder_learning_rate=0.01,
+        modules_to_save_learning_rate=0.002,
+        weight_decay=0.1,
+        encoder_weight_decay=0.2,
+        betas=(0.8, 0.9),
+    )
+    found = {g["name"]: (g["lr"], g["weight_decay"], g["betas"]) for g in optimizer.param_groups}
+    assert found["prompt"] == (0.5, 0.1, (0.8, 0.9))
+    assert found["encoder"] == (0.01, 0.2, (0.8, 0.9))
+    assert found["encoder_no_decay"][:2] == (0.01, 0.0)
+    assert found["modules_to_save"][:2] == (0.002, 0.1)
+    same = create_residual_optimizer(model, learning_rate=0.5)
+    assert {g["name"]: g["lr"] for g in same.param_groups}["encoder"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "optimizer_cls, kwargs",
+    [(torch.optim.AdamW, {}), (Adafactor, {"relative_step": False, "scale_parameter": False})],
+)
+def test_trainer_takes_the_factory_and_schedules_each_group(optimizer_cls, kwargs, tmp_path):
+    from test_trainer import Rows, arguments
+
+    settings = {"optimizer_cls": optimizer_cls, "learning_rate": 0.2, "encoder_learning_rate": 0.01, **kwargs}
+    trainer = Trainer(
+        get_peft_model(tiny_t5(), make_config()),
+        arguments(tmp_path, lr_scheduler_type="linear", warmup_steps=0, max_steps=4, save_strategy="no"),
+        train_dataset=Rows(SCENARIOS["t5"]),
+        optimizer_cls_and_kwargs=(ResidualOptimizerFactory, settings),
+    )
+    start = {n: p.detach().clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.create_optimizer()
+    assert {g["name"]: g["lr"] for g in trainer.optimizer.param_groups}["encoder"] == 0.01
+    trainer.train()
+    assert all(not torch.equal(p, start[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert all(group["lr"] == 0 for group in trainer.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    "setting", ["learning_rate", "encoder_learning_rate", "modules_to_save_learning_rate", "weight_decay"]
+)
+def test_rates_that_cannot_be_right_are_refused(setting):
+    with pytest.raises(ValueError, match="got -1"):
+        create_residual_optimizer(SCENARIOS["t5"].model(), **{setting: -1})
+
+
+def test_a_model_without_a_trainable_residual_adapter_is_refused():
+    plain = get_peft_model(tiny_t5(), PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=r"no residual adapter.*is_trainable=True"):
+        create_residual_optimizer(plain)
+
+
+# --- dropout of the frozen model ------------------------------------------------------------------------------------
+
+
+def tiny_opt():
+    from test_left_padding import tiny_opt
+
+    return tiny_opt()
+
+
+def tiny_bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    noise = {"attention_dropout": 0.1, "activation_dropout": 0.1, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
+    return BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes, **heads, **noise, **ids))
+
+
+BASES = {
+    "t5": ("SEQ_2_SEQ_LM", tiny_t5),
+    "bart": ("SEQ_2_SEQ_LM", tiny_bart),
+    "gpt2": ("CAUSAL_LM", tiny_gpt2),
+    "llama": ("CAUSAL_LM", lambda: tiny_llama(attention_dropout=0.2)),
+    "opt": ("CAUSAL_LM", tiny_opt),
+    "bert": ("SEQ_CLS", lambda: tiny_bert("SequenceClassification")),
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", BASES)
+def test_two_passes_in_train_mode_are_identical_without_dropout_of_the_frozen_model(name, checkpointing):
+    task_type, build = BASES[name]
+    model = get_peft_model(build(), make_config(task_type=task_type)).train()
+    if checkpointing:
+        model.base_model.gradient_checkpointing_enable()
+    ids = torch.randint(3, 64, (2, 9))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if task_type == "SEQ_2_SEQ_LM":
+        batch["labels"] = ids[:, :4].contiguous()
+    dropping = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
+    assert not torch.equal(model(**batch).logits, model(**batch).logits), "dropout is on"
+    with disable_base_dropout(model):
+        assert model.training and model.base_model.training
+        assert torch.equal(model(**batch).logits, model(**batch).logits)
+    assert not torch.equal(model(**batch).logits, model(**batch).logits), "and on again"
+    assert all(module.p > 0 for module in dropping)
+
+
+def test_dropout_of_the_adapter_stays():
+    model = get_peft_model(tiny_t5(), make_config(encoder_dropout=0.5)).train()
+    disable_base_dropout(model)
+    assert not torch.equal(model.prompt_encoder["default"](), model.prompt_encoder["default"]())
+
+
+# --- loss scale -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_accumulated_gradients_are_those_of_one_big_batch(name, tmp_path):
+    """Rows of different label lengths: a mean of means would not do."""
+    from test_trainer import arguments
+
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for length in (1, 5, 2, 7, 3, 1, 6, 4):
+        ids = torch.randint(3, 64, (6,), generator=generator)
+        labels = torch.full((7,), -100)
+        labels[:length] = torch.randint(3, 64, (length,), generator=generator)
+        rows.append({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels})
+
+    gradients = []
+    for batch_size, accumulation in ((8, 1), (2, 4)):
+        torch.manual_seed(0)
+        model = get_peft_model(BASES[name][1](), make_config(prompt_tuning_init_seed=0))
+        disable_base_dropout(model)
+        settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+        settings |= {"max_steps": 1, "save_strategy": "no", "max_grad_norm": 0.0}
+        trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=rows)
+        seen = []
+        parameter = model.prompt_encoder["default"].embedding.weight
+        parameter.register_post_accumulate_grad_hook(lambda p, seen=seen: seen.append(p.grad.clone()))
+        trainer.train()
+        gradients.append(seen[-1])
+    relative = (gradients[0] - gradients[1]).norm() / gradients[0].norm()
+    assert relative <= 1e-5
