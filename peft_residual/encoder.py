@@ -49,6 +49,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
         ValueError: If the config does not fit the model, or the start cannot be made.
     """
 
+    _projected: Tensor | None
+
     def __init__(self, config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> None:
         super().__init__()
         config.check_token_dim()
@@ -60,19 +62,20 @@ class ResidualPromptEncoder(BasePromptEncoder):
             )
         self.config = config
         seed = config.prompt_tuning_init_seed
-        generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-        # Drawn first, so that prompt and network do not start from the same stream of numbers.
-        network_seed = int(torch.randint(2**62, (), generator=generator))
-        with _own_random_state(network_seed):
-            self.network = build_network(config)
-        # In inference mode the weights come from a checkpoint, and the start's sources may be gone.
-        if config.inference_mode:
-            raw = torch.zeros(config.total_virtual_tokens, config.token_dim)
-        else:
-            raw = initialize_prompt(config, word_embeddings, generator)
-        self.embedding = nn.Embedding.from_pretrained(raw, freeze=False)
+        with torch.device("cpu"):  # whatever the user's default device is: PEFT moves the encoder
+            generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+            # Drawn first, so that prompt and network do not start from the same stream of numbers.
+            network_seed = int(torch.randint(2**62, (), generator=generator))
+            with _own_random_state(network_seed):
+                self.network = build_network(config)
+            # In inference mode the weights come from a checkpoint, and the start's sources may be gone.
+            if config.inference_mode:
+                raw = torch.zeros(config.total_virtual_tokens, config.token_dim)
+            else:
+                raw = initialize_prompt(config, word_embeddings, generator)
+            self.embedding = nn.Embedding.from_pretrained(raw, freeze=False)
         self.register_buffer("_projected", None, persistent=False)
-        self._projected_versions: tuple[int, ...] = ()
+        self._projected_key: tuple[tuple[int, int, int], ...] = ()
         self.requires_grad_(not config.inference_mode)
 
     def forward(self, indices: Tensor | None = None) -> Tensor:
@@ -84,7 +87,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         Returns:
             `torch.Tensor`: `[P, H]`, or `[*indices.shape, H]`, float32 (the parameters' type if wider).
         """
-        prompt = self.project() if self.is_trainable else self.frozen_projection()
+        if self.is_trainable:
+            self._projected = None  # optimizers may write in ways that leave no trace
+            prompt = self.project()
+        else:
+            prompt = self.frozen_projection()
         return prompt if indices is None else prompt[indices]
 
     @property
@@ -99,8 +106,9 @@ class ResidualPromptEncoder(BasePromptEncoder):
         with torch.autocast(raw.device.type, enabled=False):
             if raw.dtype in (torch.float16, torch.bfloat16):
                 raw = raw.float()
-                weights = {name: tensor.float() for name, tensor in self.network.state_dict(keep_vars=True).items()}
-                output = torch.func.functional_call(self.network, weights, (raw,))
+                tensors = [*self.network.named_parameters(), *self.network.named_buffers()]
+                floats = {name: tensor.float() for name, tensor in tensors if tensor.is_floating_point()}
+                output = torch.func.functional_call(self.network, floats, (raw,), tie_weights=True)
             else:
                 output = self.network(raw)
             return _add_skip(self.config, raw, output)
@@ -108,18 +116,31 @@ class ResidualPromptEncoder(BasePromptEncoder):
     @torch.no_grad()
     def frozen_projection(self) -> Tensor:
         """The projected prompt of frozen weights, without dropout: computed when they change, else remembered."""
-        if self._projected is None or self._projected_versions != self._versions():
-            projected = project_state(self.config, self.state_dict())
-            self._remember(projected.to(self.embedding.weight.device))
-        return self._projected
+        projected = self._projected
+        if projected is None or self._projected_key != self._key():
+            projected = project_state(self.config, self.state_dict(), self.network).to(self.embedding.weight.device)
+            self._remember(projected)
+        return projected
 
     def _remember(self, projected: Tensor) -> None:
         self._projected = projected
-        self._projected_versions = self._versions()
+        self._projected_key = self._key()
 
-    def _versions(self) -> tuple[int, ...]:
-        # Torch counts the writes to a tensor, so a later `load_state_dict` is noticed.
-        return tuple(-1 if p.is_inference() else p._version for p in self.parameters())
+    def _key(self) -> tuple[tuple[int, int, int], ...]:
+        # Which tensors they are, and torch's count of the writes to each: a later `load_state_dict` is noticed.
+        tensors = [*self.parameters(), *self.network.buffers()]
+        return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> ResidualPromptEncoder:
+        """Move or cast, and forget the projection of weights that were rounded."""
+        dtype = self.embedding.weight.dtype
+        is_valid = self._projected is not None and self._projected_key == self._key()
+        super()._apply(fn, recurse)
+        if is_valid and self.embedding.weight.dtype == dtype:
+            self._projected_key = self._key()
+        else:
+            self._projected = None
+        return self
 
     # --- PEFT's hooks for saving and loading ----------------------------------------------------------------------
 
@@ -146,14 +167,12 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
         A frozen adapter that was loaded keeps the projection that it was loaded with, to the last bit.
         """
-        own = self.state_dict()
-        if not self.is_trainable and all(torch.equal(tensor, own[leaf].cpu()) for leaf, tensor in state.items()):
-            remembered = self.frozen_projection()
-            if (
-                remembered.dtype == torch.float32
-            ):  # it is cast along with the model, the weights' own projection is not
-                return remembered.to("cpu", copy=True)
-        return project_state(self.config, state)
+        recomputed = project_state(self.config, state, self.network)
+        if not self.is_trainable:
+            remembered = self.frozen_projection().to("cpu", torch.float32, copy=True)
+            if _is_same_projection(remembered, recomputed):
+                return remembered
+        return recomputed
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -168,7 +187,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         projected, state, others = checkpoint.unpack(state_dict)
         own = encoder.state_dict()
         checkpoint.check_leaves(own, state)
-        check_projection(encoder.config, state, projected)
+        check_projection(encoder.config, state, projected, encoder.network)
         # Copied: a file's tensors may lie at odd addresses, where torch takes other kernels, to other last bits.
         live = {f"prompt_encoder.{adapter_name}.{k}": t.to(own[k].device, copy=True) for k, t in state.items()}
         return {**others, **live, checkpoint.PROMPT_KEY: projected.to(own[checkpoint.RAW_PROMPT].device)}
@@ -192,27 +211,46 @@ def _to_cpu(tensor: Any) -> Tensor:
 
 
 @torch.no_grad()
-def project_state(config: ResidualPromptTuningConfig, state: Mapping[str, Tensor]) -> Tensor:
+def project_state(
+    config: ResidualPromptTuningConfig, state: Mapping[str, Tensor], live_network: nn.Module | None = None
+) -> Tensor:
     """Compute the projected prompt of an encoder's state, on the CPU, in float32, in eval mode, autocast off.
 
     Args:
         config ([`ResidualPromptTuningConfig`]): The adapter's configuration.
         state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`, on any device, in any type.
+        live_network (`torch.nn.Module`, *optional*): Where buffers come from that are not in the state.
 
     Returns:
         `torch.Tensor`: `[P, H]`, float32, on the CPU.
     """
     with _own_random_state(0):  # the weights that the network starts with are replaced on the next lines
         network = build_network(config).eval()
-    state = {leaf: tensor.to("cpu", torch.float32) for leaf, tensor in state.items()}
-    raw = state[checkpoint.RAW_PROMPT]
+    raw = state[checkpoint.RAW_PROMPT].to("cpu", torch.float32)
     prefix = checkpoint.NETWORK_PREFIX
     network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    live_buffers = dict(live_network.named_buffers()) if live_network is not None else {}
+    for name, buffer in network.named_buffers():
+        if prefix + name not in state and name in live_buffers:
+            buffer.copy_(live_buffers[name])
     with torch.autocast("cpu", enabled=False):
         return _add_skip(config, raw, network(raw)).clone()
 
 
-def check_projection(config: ResidualPromptTuningConfig, state: Mapping[str, Tensor], projected: Tensor) -> None:
+def _is_same_projection(projected: Tensor, recomputed: Tensor) -> bool:
+    """Whether two projections differ by no more than other hardware's rounding explains."""
+    if projected.shape != recomputed.shape:
+        return False
+    tolerance = 1e-3 * float(projected.abs().nan_to_num(posinf=0).max())
+    return torch.allclose(recomputed, projected, rtol=1e-3, atol=tolerance, equal_nan=True)
+
+
+def check_projection(
+    config: ResidualPromptTuningConfig,
+    state: Mapping[str, Tensor],
+    projected: Tensor,
+    live_network: nn.Module | None = None,
+) -> None:
     """Check that a checkpoint's network, run with this config, makes the projected prompt that the checkpoint holds.
 
     Settings such as the activation leave no trace in the shapes of the weights; this is where they show.
@@ -220,11 +258,8 @@ def check_projection(config: ResidualPromptTuningConfig, state: Mapping[str, Ten
     Raises:
         ValueError: If it does not, beyond what other hardware's rounding explains.
     """
-    recomputed, projected = project_state(config, state), projected.cpu().float()
-    if recomputed.shape == projected.shape:
-        scale = float(projected.abs().nan_to_num(posinf=0).max())
-        if torch.allclose(recomputed, projected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True):
-            return
+    if _is_same_projection(projected.cpu().float(), project_state(config, state, live_network)):
+        return
     settings = {name: value for name, value in vars(config).items() if name.startswith("encoder_")}
     raise ValueError(
         "The checkpoint's raw prompt and network do not give its own projected prompt under this config: the "

@@ -96,11 +96,13 @@ def save_as_prompt_tuning(
 
     Raises:
         ValueError: If the source is no residual adapter, or is damaged.
-        FileExistsError: If `out` exists and `overwrite` is False.
+        FileExistsError: If `out` exists and `overwrite` is False, or it is no adapter's folder.
     """
-    out = Path(out)
+    out = Path(out).expanduser().resolve()
     if out.exists() and not overwrite:
         raise FileExistsError(f"`{out}` exists. Choose another folder, or pass `overwrite=True` to replace it.")
+    if out.exists() and not (out / CONFIG_NAME).is_file():
+        raise FileExistsError(f"`{out}` exists and holds no adapter, so it is not replaced. Choose another folder.")
     if isinstance(model_or_adapter_folder, PeftModel):
         model = model_or_adapter_folder
         _check_adapter(model, adapter_name, ResidualPromptTuningConfig)

@@ -115,7 +115,7 @@ class ResidualPeftModel(PeftModel):
             for name in ("attention_mask", "position_ids", "token_type_ids", "labels" * self.has_token_labels):
                 if inputs.get(name) is not None:
                     inputs[name] = _reorder(inputs[name], order)
-            if position_ids is None and _accepts_position_ids(type(self.base_model)):
+            if position_ids is None and _accepts_position_ids(self.base_model):
                 inputs["position_ids"] = _positions(inputs["attention_mask"])
         return inputs
 
@@ -156,17 +156,16 @@ class ResidualPeftModel(PeftModel):
         if input_ids is None:
             raise ValueError("`generate` needs `input_ids`. Pass the tokenized text.")
         if kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = self._mask_of_padding(input_ids, kwargs.get("generation_config"))
+            kwargs["attention_mask"] = self._mask_of_padding(input_ids, kwargs)
         return self.prompted_generate(config, {**kwargs, "input_ids": input_ids})
 
     def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Generate from inputs that do not hold the prompt yet."""
         return self.base_model.generate(**inputs)
 
-    def _mask_of_padding(self, input_ids: Tensor, generation_config: Any) -> Tensor:
+    def _mask_of_padding(self, input_ids: Tensor, inputs: Inputs) -> Tensor:
         # As transformers infers it from `input_ids`, which it cannot do from embeddings.
-        generation_config = generation_config or self.base_model.generation_config
-        pad, eos = generation_config.pad_token_id, generation_config.eos_token_id
+        pad, eos = (_setting(name, inputs, self.base_model) for name in ("pad_token_id", "eos_token_id"))
         eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
         if pad is None or pad in eos_ids:
             return torch.ones_like(input_ids)
@@ -224,11 +223,10 @@ class ResidualPeftModel(PeftModel):
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; if it was active, PEFT makes the first of the remaining ones active."""
+        was_active = adapter_name == self.active_adapter
         super().delete_adapter(adapter_name)
-        if isinstance(self.active_adapter, str):
-            config = self.active_residual_config()
-            if config is not None:
-                self.prompt_encoder[self.active_adapter].requires_grad_(not config.inference_mode)
+        if was_active and self.active_residual_config() is not None:
+            self.set_adapter(self.active_adapter)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """The projected prompt as it is saved: `[P, H]`, float32, on the CPU, without dropout."""
@@ -237,20 +235,27 @@ class ResidualPeftModel(PeftModel):
         encoder = self.prompt_encoder[adapter_name]
         return encoder.project_saved({leaf: tensor.cpu() for leaf, tensor in encoder.state_dict().items()})
 
-    def save_pretrained(self, save_directory: str, safe_serialization: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
         """Save adapters as PEFT does, always as safetensors.
 
         Raises:
             ValueError: If `safe_serialization` is False: a pickled residual adapter would not be read again.
         """
-        names = kwargs.get("selected_adapters") or self.peft_config
+        names = selected_adapters or self.peft_config
         residual = [n for n in names if isinstance(self.peft_config.get(n), ResidualPromptTuningConfig)]
         if residual and not safe_serialization:
             raise ValueError(
                 f"`safe_serialization=False` would pickle the residual adapter(s) {residual}, and pickles are not "
                 "read back. Leave it at True."
             )
-        super().save_pretrained(save_directory, safe_serialization=safe_serialization, **kwargs)
+        super().save_pretrained(save_directory, safe_serialization, selected_adapters, *args, **kwargs)
 
 
 class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
@@ -262,6 +267,8 @@ class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
         The Trainer passes the number of target tokens of all accumulated batches; T5 and BART take the mean of each
         (transformers issue 47688), which multiplies gradients by the number of batches.
         """
+        if inputs.pop("encoder_outputs", None) is not None:
+            warnings.warn("`encoder_outputs` hold no prompt; they are computed anew.", stacklevel=2)
         num_items = inputs.pop("num_items_in_batch", None)
         outputs = super().prompted_forward(config, inputs)
         labels = inputs.get("labels")
@@ -302,7 +309,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         if mask is not None:
             extended = _extend(mask, length, 1, "attention_mask")
             inputs["attention_mask"] = _reorder(extended, _padding_first(self.padding_to_move(mask), length))
-            if position_ids is None and _accepts_position_ids(type(self.base_model)):
+            if position_ids is None and _accepts_position_ids(self.base_model):
                 new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
                 inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
         if position_ids is not None:
@@ -320,7 +327,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         unused = int(prompted["attention_mask"].any(dim=0).long().argmax())
         for name in ("attention_mask", "inputs_embeds"):
             prompted[name] = prompted[name][:, unused:]
-        _count_new_tokens(prompted, self.base_model.generation_config, input_ids.shape[1])
+        _count_new_tokens(prompted, self.base_model, input_ids.shape[1])
         return self.base_model.generate(input_ids=input_ids, **prompted)
 
 
@@ -328,6 +335,13 @@ class ResidualPeftModelForSequenceClassification(ResidualPeftModel, PeftModelFor
     """Sequence classification, with a head that is trained along (`modules_to_save`)."""
 
     keeps_token_type_ids = True
+
+    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+        """As for all tasks; a decoder-only model finds padding in `input_ids`, which are gone then: by a mask."""
+        ids, pad = inputs.get("input_ids"), getattr(self.base_model.config, "pad_token_id", None)
+        if inputs.get("attention_mask") is None and ids is not None and pad is not None and self.reads_left_to_right():
+            inputs = {**inputs, "attention_mask": (ids != pad).long()}
+        return super().prepend_prompt(config, inputs)
 
     def padding_to_move(self, mask: Tensor) -> Tensor:
         """All padding: a decoder-only model answers at the last position, where embeddings show no padding."""
@@ -385,6 +399,11 @@ RESIDUAL_MODEL_CLASSES: dict[type[PeftModel], type[PeftModel]] = {
 }
 
 
+for _peft_class, _class in RESIDUAL_MODEL_CLASSES.items():
+    # Transformers' pipelines look for PEFT's classes by name; pickles go by the qualified name, which stays.
+    _class.__name__ = _peft_class.__name__
+
+
 def _refuse_adapter_names(inputs: Inputs) -> None:
     if inputs.pop("adapter_names", None) is not None:
         raise ValueError(
@@ -395,13 +414,23 @@ def _refuse_adapter_names(inputs: Inputs) -> None:
 
 def _extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
     """Put `length` columns of `value` in front of a `[B, L]` tensor."""
-    if tensor.ndim != 2:
-        raise ValueError(f"`{name}` must have two dimensions (rows, tokens), got shape {list(tensor.shape)}.")
+    if not isinstance(tensor, Tensor) or tensor.ndim != 2:
+        got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
+        raise ValueError(f"`{name}` must be a tensor of two dimensions (rows, tokens), got {got}. Pass it like that.")
     return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
 
 
-def _accepts_position_ids(model_class: Any) -> bool:
-    return "position_ids" in inspect.signature(model_class.forward).parameters
+def _accepts_position_ids(base_model: Any) -> bool:
+    base_model = getattr(base_model, "_orig_mod", base_model)  # a compiled model takes anything
+    return "position_ids" in inspect.signature(type(base_model).forward).parameters
+
+
+def _setting(name: str, inputs: Inputs, base_model: Any) -> Any:
+    """A generation setting where transformers finds it: argument, `generation_config`, the model's own."""
+    for source in (inputs, vars(inputs.get("generation_config") or object), vars(base_model.generation_config)):
+        if source.get(name) is not None:
+            return source[name]
+    return None
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -456,21 +485,28 @@ def _refuse_packing(position_ids: Tensor, mask: Tensor | None) -> None:
         )
 
 
-def _count_new_tokens(inputs: Inputs, default: Any, text_length: int) -> None:
+def _count_new_tokens(inputs: Inputs, base_model: Any, text_length: int) -> None:
     """Turn `max_length` and `min_length`, which count the text, into numbers of new tokens.
 
     Given ids and embeddings, transformers would take the embeddings' length off both.
     """
-    given = inputs.get("generation_config")
-    settings = copy.deepcopy(given)
+    settings = copy.deepcopy(inputs.get("generation_config"))
     for length_name, new_name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length = inputs.pop(length_name, getattr(given or default, length_name, None))
+        length, new_tokens = (_setting(name, inputs, base_model) for name in (length_name, new_name))
+        inputs.pop(length_name, None)
         if settings is not None:
             setattr(settings, length_name, None)
-        if length and inputs.get(new_name, getattr(given or default, new_name, None)) is None:
-            inputs[new_name] = length - text_length
-            if settings is not None:
-                setattr(settings, new_name, inputs.pop(new_name))
+        if not length or new_tokens is not None:
+            continue
+        if length_name == "max_length" and length <= text_length:
+            raise ValueError(
+                f"`max_length`={length} counts the {text_length} tokens of `input_ids` too and leaves none to "
+                "generate. Use a larger one, or `max_new_tokens`."
+            )
+        if settings is None:
+            inputs[new_name] = max(length - text_length, 0)
+        else:
+            setattr(settings, new_name, max(length - text_length, 0))
     if settings is not None:
         inputs["generation_config"] = settings
 

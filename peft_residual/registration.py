@@ -12,6 +12,7 @@ import copy
 import functools
 import os
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -35,6 +36,15 @@ _MARK = "_residual_config_class"
 
 # PEFT removes the adapter's name from keys right after it has collected them, and does not say of which config.
 _saving_residual: ContextVar[bool] = ContextVar("_saving_residual", default=False)
+# Whether an adapter that is added is one that is being loaded; a new one cannot be for inference.
+_loading: ContextVar[bool] = ContextVar("_loading", default=False)
+
+# Heads that PEFT trains along, by task, besides those of `modules_to_save`.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def register() -> None:
@@ -99,6 +109,22 @@ def _add_adapter(
         original(model, adapter_name, peft_config, *args, **kwargs)
         return
     model_class = _residual_class(type(model))
+    heads = {
+        *(peft_config.modules_to_save or ()),
+        *_HEADS.get(str(getattr(peft_config.task_type, "value", peft_config.task_type)), ()),
+    }
+    if adapter_name in heads:
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} is the name of a module that is trained along (`modules_to_save`), and "
+            "PEFT would take the prompt for it. Choose another name."
+        )
+    if peft_config.inference_mode and not _loading.get():
+        warnings.warn(
+            "The config of a new adapter says `inference_mode=True`, as saved configs do; it is set to False, since "
+            "there is nothing trained to run. To load weights, use `PeftModel.from_pretrained`.",
+            stacklevel=4,
+        )
+        peft_config.inference_mode = False
     peft_config.model_special_ids = _special_ids(model.base_model)
     original(model, adapter_name, peft_config, *args, **kwargs)
     # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
@@ -136,7 +162,7 @@ def _load_adapter(
     if not is_new:
         return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
     # PEFT refuses to load a prompt for training. Loading it for inference does not need what the prompt started from.
-    with _training_modes_kept(model, keep=is_trainable):
+    with _loading_adapter(model, keep_modes=is_trainable):
         try:
             result = original(model, model_id, adapter_name, False, *args, **kwargs)
         except Exception:
@@ -170,7 +196,7 @@ def _from_pretrained(
         return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
     _check_file(model_id, kwargs)
     config = copy.deepcopy(config)  # PEFT switches the config to inference: not the one of a live model
-    with _training_modes_kept(model, keep=is_trainable):
+    with _loading_adapter(model, keep_modes=is_trainable):
         peft_model = original(cls, model, model_id, adapter_name, False, config, *args, **kwargs)
     if is_trainable:
         peft_model.training = True
@@ -211,9 +237,13 @@ def _special_ids(base_model: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _training_modes_kept(model: torch.nn.Module, keep: bool) -> Iterator[None]:
-    """Undo the `eval()` that PEFT ends loading for inference with."""
-    modes = [(module, module.training) for module in model.modules()] if keep else []
-    yield
+def _loading_adapter(model: torch.nn.Module, keep_modes: bool) -> Iterator[None]:
+    """Tell `add_adapter` that weights will follow; undo the `eval()` that PEFT ends loading for inference with."""
+    modes = [(module, module.training) for module in model.modules()] if keep_modes else []
+    token = _loading.set(True)
+    try:
+        yield
+    finally:
+        _loading.reset(token)
     for module, mode in modes:
         module.training = mode

@@ -184,6 +184,18 @@ def test_existing_folder_is_replaced_only_when_told_to(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["merged"], "nothing is left beside it"
 
 
+def test_a_folder_that_holds_no_adapter_is_never_replaced(tmp_path, monkeypatch):
+    (tmp_path / "notes.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="holds no adapter"):
+        save_as_prompt_tuning(T5.model(), tmp_path, overwrite=True)
+    assert (tmp_path / "notes.txt").read_text() == "precious"
+    out = tmp_path / "out"
+    save_as_prompt_tuning(T5.model(), out)
+    monkeypatch.chdir(out)
+    save_as_prompt_tuning(T5.model(), ".", overwrite=True)
+    assert (out / "adapter_config.json").exists()
+
+
 def test_failing_write_leaves_the_old_folder(tmp_path, monkeypatch):
     from peft_residual import export
 

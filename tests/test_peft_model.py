@@ -9,8 +9,9 @@ import torch
 from conftest import make_config, tiny_gpt2, tiny_t5
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from scenarios import SCENARIOS, fresh, outputs_of, train
+from transformers import GenerationConfig
 
-from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
+from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig, convert_to_prompt_tuning
 
 
 P = 4
@@ -302,8 +303,6 @@ GENERATION = {
 @pytest.mark.parametrize("mode", GENERATION)
 @pytest.mark.parametrize("name", ["t5", "gpt2", "llama"])
 def test_generate_gives_what_the_merged_adapter_gives_in_peft(name, mode):
-    from peft_residual import convert_to_prompt_tuning
-
     scenario = SCENARIOS[name]
     model = scenario.model()
     ids = scenario.batch()["input_ids"][:1].repeat(2, 1)  # no padding, where PEFT itself is right
@@ -329,12 +328,23 @@ def test_lengths_of_generation_count_the_text_only():
     model.generation_config = config
     assert model.generate(ids).shape == (1, 12)
     assert torch.equal(model.generate(ids)[:, :7], ids)
+    del model.generation_config
+    model.base_model.generation_config.max_length = 13
+    assert model.generate(ids, generation_config=GenerationConfig(do_sample=False)).shape == (1, 13)
+    with pytest.raises(ValueError, match="`max_length`=5 counts the 7 tokens"):
+        model.generate(ids, max_length=5)
 
 
-def test_generate_infers_the_mask_as_transformers_does():
-    model = T5.model()
-    batch = T5.batch(labels=False)
-    assert torch.equal(model.generate(**batch), model.generate(input_ids=batch["input_ids"]))
+@pytest.mark.parametrize("name", ["t5", "llama"])
+def test_generate_infers_the_mask_as_transformers_does(name):
+    model = SCENARIOS[name].model()
+    batch = {k: v.flip(1) if name == "llama" else v for k, v in SCENARIOS[name].batch(labels=False).items()}
+    expected = model.generate(**batch, max_new_tokens=5)
+    ids = batch["input_ids"]
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5), expected)
+    assert torch.equal(model.generate(input_ids=ids, generation_config=GenerationConfig(max_new_tokens=5)), expected)
+    model.base_model.generation_config.pad_token_id = None
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=5, pad_token_id=0), expected)
 
 
 def test_manual_decoding_with_a_cache_equals_one_pass():
@@ -406,7 +416,7 @@ def test_right_padded_rows_are_classified_as_alone_by_a_decoder():
     left = {name: value.roll(2, dims=1) for name, value in batch.items()}
     with torch.no_grad():
         alone = model(input_ids=batch["input_ids"][1:, :5], attention_mask=torch.ones(1, 5).long()).logits
-        for padded in (batch, left):
+        for padded in (batch, left, {"input_ids": batch["input_ids"]}):
             torch.testing.assert_close(model(**padded).logits[1:], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -425,17 +435,116 @@ def test_a_users_own_subclass_keeps_its_methods():
         PeftModel(tiny_t5(), make_config())
 
 
-def test_an_adapter_cast_with_its_model_is_saved_so_that_it_loads(tmp_path):
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16], [torch.bfloat16, torch.float32]], ids=str)
+def test_an_adapter_cast_with_its_model_serves_what_it_saves(dtypes, tmp_path):
     base = tiny_t5()
     T5.model(fresh(base)).save_pretrained(tmp_path / "full")
-    model = PeftModel.from_pretrained(fresh(base), tmp_path / "full").to(torch.bfloat16)
+    model = PeftModel.from_pretrained(fresh(base), tmp_path / "full")
+    for dtype in dtypes:
+        model.to(dtype)
+        base.to(dtype)
+    live = outputs_of(model, T5.batch())
     model.save_pretrained(tmp_path / "cast")
-    loaded = PeftModel.from_pretrained(base.to(torch.bfloat16), tmp_path / "cast")
-    served = model.prompt_encoder["default"]().float()
-    torch.testing.assert_close(loaded.prompt_encoder["default"](), served, rtol=2e-2, atol=2e-2)
+    assert torch.equal(outputs_of(PeftModel.from_pretrained(fresh(base), tmp_path / "cast"), T5.batch()), live)
+    convert_to_prompt_tuning(model)
+    assert torch.equal(outputs_of(model, T5.batch()), live)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_a_copy_of_a_model_that_was_trained_on_serves_the_trained_prompt(low_cpu_mem_usage, tmp_path):
+    base = tiny_t5()
+    T5.model(fresh(base)).save_pretrained(tmp_path / "full")
+    model = PeftModel.from_pretrained(
+        fresh(base), tmp_path / "full", is_trainable=True, low_cpu_mem_usage=low_cpu_mem_usage
+    )
+    train(model, T5, steps=3)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        twin.requires_grad_(False)
+        assert torch.equal(outputs_of(twin, T5.batch()), outputs_of(model, T5.batch()))
+        twin.save_pretrained(tmp_path / "twin")
+        PeftModel.from_pretrained(fresh(base), tmp_path / "twin")
+
+
+def test_weights_that_were_replaced_without_a_trace_are_still_saved_rightly(tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path / "full")
+    loaded = PeftModel.from_pretrained(tiny_t5(), tmp_path / "full")
+    loaded.prompt_encoder["default"].embedding.weight.data.mul_(2)
+    loaded.save_pretrained(tmp_path / "changed")
+    PeftModel.from_pretrained(tiny_t5(), tmp_path / "changed")
+
+
+def test_a_network_with_a_random_buffer_of_its_own_is_saved_as_it_runs(monkeypatch, tmp_path):
+    from peft_residual import register_reparameterization
+    from peft_residual.registry import REPARAMETERIZATIONS
+
+    monkeypatch.setattr(REPARAMETERIZATIONS, "_entries", dict(REPARAMETERIZATIONS._entries))
+
+    class Features(torch.nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(width))
+            self.register_buffer("features", torch.randn(width, width), persistent=False)
+            self.register_buffer("order", torch.arange(width))
+
+        def forward(self, prompt):
+            return (prompt @ self.features * self.scale)[:, self.order]
+
+    register_reparameterization("FEATURES")(lambda config: Features(config.token_dim))
+    base = tiny_t5()
+    config = make_config(encoder_reparameterization_type="FEATURES", prompt_tuning_init_seed=1)
+    model = get_peft_model(fresh(base), config).eval()
+    live = model.prompt_encoder["default"]()
+    assert torch.equal(adapter_tensors(model)["prompt_embeddings"], live.detach())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(fresh(base), tmp_path).prompt_encoder["default"](), live)
+    model.to(torch.bfloat16)
+    assert model.prompt_encoder["default"]().dtype == torch.float32
+
+
+def test_a_saved_config_starts_a_new_adapter_that_is_trainable(tmp_path):
+    T5.model(prompt_tuning_init_seed=1).save_pretrained(tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="inference_mode=True"):
+        model = get_peft_model(tiny_t5(), config)
+    assert model.get_nb_trainable_parameters()[0] > 0
+    assert model.prompt_encoder["default"].embedding.weight.abs().max() > 0
+
+
+def test_a_default_device_does_not_reach_the_encoder():
+    base = tiny_t5()
+    with torch.device("meta"):
+        encoder = ResidualPromptEncoder(make_config(token_dim=16), base.shared)
+    assert {p.device.type for p in encoder.parameters()} == {"cpu"}
+
+
+def test_heads_follow_when_a_deleted_adapter_makes_another_one_active(tmp_path):
+    scenario = SCENARIOS["bert-sequence"]
+    scenario.model().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(scenario.build(), tmp_path)
+    model.add_adapter("new", make_config(task_type="SEQ_CLS"))
+    model.set_adapter("new")
+    with pytest.warns(UserWarning, match="was active"):
+        model.delete_adapter("new")
+    assert model.get_nb_trainable_parameters()[0] == 0
 
 
 # --- bad input ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task, name", [("bert-sequence", "classifier"), ("bert-question", "qa_outputs")])
+def test_an_adapter_named_like_a_trained_head_is_refused(task, name):
+    scenario = SCENARIOS[task]
+    with pytest.raises(ValueError, match=f"`adapter_name`='{name}'.*another name"):
+        get_peft_model(scenario.build(), make_config(task_type=scenario.task_type), adapter_name=name)
+
+
+def test_masks_of_another_form_are_refused():
+    model = SCENARIOS["llama"].model()
+    ids = SCENARIOS["llama"].batch()["input_ids"]
+    for mask in (torch.ones(2, 1, 7, 7), {"full_attention": torch.ones(2, 7)}):
+        with pytest.raises(ValueError, match="`attention_mask` must be a tensor of two dimensions"):
+            model(input_ids=ids, attention_mask=mask)
 
 
 def test_unsafe_serialization_is_refused(tmp_path):
