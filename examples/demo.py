@@ -203,7 +203,8 @@ def main() -> None:
         accuracy = test.metrics["test_exact_match"]
         rows.append((name, trainer.model.get_nb_trainable_parameters()[0], seconds, accuracy))
 
-    merged = save_as_prompt_tuning(trainer.model, args.output_dir / "merged")
+    merged = args.output_dir / "merged"
+    save_as_prompt_tuning(trainer.model, merged)
     same = predictions_of_merged(args, merged, trainer, data["test"]) == decode(tokenizer, test.predictions)
     draw(curves, args.output_dir / "curves.png", f"{args.dataset}, {args.num_virtual_tokens} tokens")
     kilobytes = (merged / "adapter_model.safetensors").stat().st_size / 1024
