@@ -109,10 +109,7 @@ def _add_adapter(
         original(model, adapter_name, peft_config, *args, **kwargs)
         return
     model_class = _residual_class(type(model))
-    heads = {
-        *(peft_config.modules_to_save or ()),
-        *_HEADS.get(str(getattr(peft_config.task_type, "value", peft_config.task_type)), ()),
-    }
+    heads = {*(peft_config.modules_to_save or ()), *_HEADS.get(peft_config.task_type, ())}
     if adapter_name in heads:
         raise ValueError(
             f"`adapter_name`={adapter_name!r} is the name of a module that is trained along (`modules_to_save`), and "
