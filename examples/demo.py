@@ -71,6 +71,8 @@ def load_data(args: DemoArguments, tokenizer) -> DatasetDict:
         data = load_dataset(args.dataset, args.subset)
         halves = data["validation"].train_test_split(0.5, seed=args.seed)  # hidden test labels: report on one half
         data = DatasetDict(train=data["train"], validation=halves["train"], test=halves["test"])
+    if not args.label_words and not isinstance(data["train"][0]["label"], str):
+        sys.exit(f"--dataset {args.dataset} has class ids as labels. Give a word for each: --label_words no yes")
     if args.smoke:
         data = DatasetDict({name: split.select(range(32)) for name, split in data.items()})
 
@@ -85,7 +87,7 @@ def load_data(args: DemoArguments, tokenizer) -> DatasetDict:
 
 def make_trainer(args: DemoArguments, name: str, config, data: DatasetDict, tokenizer, callbacks=()) -> Seq2SeqTrainer:
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32, dropout_rate=0.0)
-    steps = 2 if args.smoke else args.max_steps // 12
+    steps = 2 if args.smoke else max(1, args.max_steps // 12)
 
     def exact_match(prediction):
         texts = decode(tokenizer, prediction.predictions), decode(tokenizer, prediction.label_ids)

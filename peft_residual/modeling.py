@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -121,7 +121,14 @@ class ResidualPeftModel(PeftModel):
 
     def reads_left_to_right(self) -> bool:
         """Whether the base model is decoder-only, whatever head it has."""
-        return _model_type(self.base_model) in _decoder_only_types()
+        from transformers.models.auto import modeling_auto
+
+        model_type = _model_type(self.base_model)
+        return (
+            model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+            and model_type not in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+        )
 
     def padding_to_move(self, mask: Tensor) -> Tensor:
         """Which of the tokens `[B, L]` come to stand in front of the prompt: the padding in front of the text."""
@@ -161,7 +168,7 @@ class ResidualPeftModel(PeftModel):
 
     def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Generate from inputs that do not hold the prompt yet."""
-        return self.base_model.generate(**inputs)
+        return self.base_model.generate(**self.prepend_prompt(config, inputs))
 
     def _mask_of_padding(self, input_ids: Tensor, inputs: Inputs) -> Tensor:
         # As transformers infers it from `input_ids`, which it cannot do from embeddings.
@@ -233,7 +240,7 @@ class ResidualPeftModel(PeftModel):
         if not isinstance(self.peft_config[adapter_name], ResidualPromptTuningConfig):
             return super().get_prompt_embedding_to_save(adapter_name)
         encoder = self.prompt_encoder[adapter_name]
-        return encoder.project_saved({leaf: tensor.cpu() for leaf, tensor in encoder.state_dict().items()})
+        return encoder.project_saved(encoder.state_dict())
 
     def save_pretrained(
         self,
@@ -267,8 +274,6 @@ class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
         The Trainer passes the number of target tokens of all accumulated batches; T5 and BART take the mean of each
         (transformers issue 47688), which multiplies gradients by the number of batches.
         """
-        if inputs.pop("encoder_outputs", None) is not None:
-            warnings.warn("`encoder_outputs` hold no prompt; they are computed anew.", stacklevel=2)
         num_items = inputs.pop("num_items_in_batch", None)
         outputs = super().prompted_forward(config, inputs)
         labels = inputs.get("labels")
@@ -280,11 +285,12 @@ class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
         outputs.loss = outputs.loss * share
         return outputs
 
-    def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
-        """Generate from the encoder's prompted input."""
+    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+        """As for all tasks; an encoder's output that was computed before holds no prompt and is computed anew."""
+        inputs = dict(inputs)
         if inputs.pop("encoder_outputs", None) is not None:
             warnings.warn("`encoder_outputs` hold no prompt; they are computed anew.", stacklevel=2)
-        return self.base_model.generate(**self.prepend_prompt(config, inputs))
+        return super().prepend_prompt(config, inputs)
 
 
 class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
@@ -294,7 +300,9 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
 
     def reads_left_to_right(self) -> bool:
         """All do but those made from bidirectional models; a type that transformers does not know is taken to."""
-        return _model_type(self.base_model) not in _bidirectional_types()
+        from transformers.models.auto import modeling_auto
+
+        return _model_type(self.base_model) not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
         """Run the base model; a filled cache already holds the prompt."""
@@ -427,10 +435,9 @@ def _accepts_position_ids(base_model: Any) -> bool:
 
 def _setting(name: str, inputs: Inputs, base_model: Any) -> Any:
     """A generation setting where transformers finds it: argument, `generation_config`, the model's own."""
-    for source in (inputs, vars(inputs.get("generation_config") or object), vars(base_model.generation_config)):
-        if source.get(name) is not None:
-            return source[name]
-    return None
+    configs = (inputs.get("generation_config"), base_model.generation_config)
+    values = [inputs.get(name), *(getattr(config, name, None) for config in configs)]
+    return next((value for value in values if value is not None), None)
 
 
 def _positions(mask: Tensor) -> Tensor:
@@ -445,19 +452,6 @@ def _positions(mask: Tensor) -> Tensor:
 
 def _model_type(base_model: Any) -> str | None:
     return getattr(getattr(base_model, "config", None), "model_type", None)
-
-
-def _bidirectional_types() -> Collection[str]:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-    return MODEL_FOR_MASKED_LM_MAPPING_NAMES
-
-
-def _decoder_only_types() -> set[str]:
-    from transformers.models.auto import modeling_auto
-
-    encoder_decoders = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-    return set(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(_bidirectional_types()) - set(encoder_decoders)
 
 
 def _padding_first(moved: Tensor, length: int) -> Tensor:

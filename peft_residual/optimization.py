@@ -58,7 +58,10 @@ def create_residual_optimizer(
     }
     for part, rate in rates.items():
         if not rate > 0:
-            raise ValueError(f"The learning rate of {part!r} must be above 0, got {rate!r}. To freeze it, freeze it.")
+            raise ValueError(
+                f"The learning rate of {part!r} must be above 0, got {rate!r}. To freeze it, use "
+                "`requires_grad_(False)`."
+            )
         if not decays[part] >= 0:
             raise ValueError(f"The weight decay of {part!r} must be at least 0, got {decays[part]!r}.")
 
@@ -161,11 +164,13 @@ def disable_base_dropout(model: PeftModel) -> BaseDropoutOff:
     for module in model.base_model.modules():
         if id(module) in kept:
             continue
-        names = ["p"] if isinstance(module, nn.modules.dropout._DropoutNd) else list(vars(module))
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            names = ["p"]
+        else:
+            names = [name for name in vars(module) if "dropout" in name or name in ("layerdrop", "drop_prob")]
         for name in names:
             value = getattr(module, name)
-            is_probability = name == "p" or "dropout" in name or name in ("layerdrop", "drop_prob")
-            if is_probability and isinstance(value, float) and value > 0:
+            if isinstance(value, float) and value > 0:
                 changed.append((module, name, value))
                 setattr(module, name, 0.0)
     return BaseDropoutOff(changed)

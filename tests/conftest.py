@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
+from peft_residual.registry import INITIALIZATIONS, REPARAMETERIZATIONS
 
 
 torch.set_num_threads(1)
@@ -31,6 +32,13 @@ WORDS = (
 def seed():
     """Every test starts from the same random state."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def own_names(monkeypatch):
+    """Forget the networks and starts that a test registers."""
+    for registry in (REPARAMETERIZATIONS, INITIALIZATIONS):
+        monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
 
 # --- models ---------------------------------------------------------------------------------------------------

@@ -24,15 +24,6 @@ FIRST_WORD = 5  # ids 0 to 4 are special or unused
 KINDS = ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "NONE")
 
 
-@pytest.fixture
-def own_names():
-    """Forget the names that a test registers."""
-    before = dict(INITIALIZATIONS._entries)
-    yield
-    INITIALIZATIONS._entries.clear()
-    INITIALIZATIONS._entries.update(before)
-
-
 def start(table, seed=0, special_ids=(), **options):
     """The raw prompt that a config starts from."""
     config = make_config(**{"token_dim": table.weight.shape[1], **options})

@@ -146,6 +146,17 @@ def test_two_passes_in_train_mode_are_identical_without_dropout_of_the_frozen_mo
     assert all(module.p > 0 for module in dropping)
 
 
+def test_only_dropout_is_switched_off():
+    """A module may have a number named `p` that is no probability."""
+    model = get_peft_model(tiny_t5(), make_config())
+    model.base_model.distance = torch.nn.PairwiseDistance(p=2.0)
+    disable_base_dropout(model)
+    assert model.base_model.distance.norm == 2.0
+    model.base_model.distance.p = 2.0
+    disable_base_dropout(model)
+    assert model.base_model.distance.p == 2.0
+
+
 def test_dropout_of_the_adapter_stays():
     model = get_peft_model(tiny_t5(), make_config(encoder_dropout=0.5)).train()
     disable_base_dropout(model)

@@ -474,11 +474,8 @@ def test_weights_that_were_replaced_without_a_trace_are_still_saved_rightly(tmp_
     PeftModel.from_pretrained(tiny_t5(), tmp_path / "changed")
 
 
-def test_a_network_with_a_random_buffer_of_its_own_is_saved_as_it_runs(monkeypatch, tmp_path):
+def test_a_network_with_a_random_buffer_of_its_own_is_saved_as_it_runs(own_names, tmp_path):
     from peft_residual import register_reparameterization
-    from peft_residual.registry import REPARAMETERIZATIONS
-
-    monkeypatch.setattr(REPARAMETERIZATIONS, "_entries", dict(REPARAMETERIZATIONS._entries))
 
     class Features(torch.nn.Module):
         def __init__(self, width):
@@ -527,6 +524,19 @@ def test_heads_follow_when_a_deleted_adapter_makes_another_one_active(tmp_path):
     with pytest.warns(UserWarning, match="was active"):
         model.delete_adapter("new")
     assert model.get_nb_trainable_parameters()[0] == 0
+
+
+def test_an_encoders_output_without_the_prompt_is_not_used():
+    model = T5.model()
+    batch = T5.batch(labels=False) | {"decoder_input_ids": torch.ones(2, 1).long()}
+    expected = outputs_of(model, batch)
+    with torch.no_grad():
+        bare = model.base_model.encoder(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    with pytest.warns(UserWarning, match="`encoder_outputs` hold no prompt"):
+        assert torch.equal(outputs_of(model, batch | {"encoder_outputs": bare}), expected)
+    del batch["decoder_input_ids"]
+    with pytest.warns(UserWarning, match="`encoder_outputs` hold no prompt"):
+        assert torch.equal(model.generate(**batch, encoder_outputs=bare), model.generate(**batch))
 
 
 # --- bad input ------------------------------------------------------------------------------------------------

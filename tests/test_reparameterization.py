@@ -17,15 +17,6 @@ from peft_residual.reparameterization import PerTokenLayerNorm, PerTokenLinear, 
 KINDS = ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "NONE")
 
 
-@pytest.fixture
-def own_names():
-    """Forget the names that a test registers."""
-    before = dict(REPARAMETERIZATIONS._entries)
-    yield
-    REPARAMETERIZATIONS._entries.clear()
-    REPARAMETERIZATIONS._entries.update(before)
-
-
 def configurations():
     """Every built-in network with every combination of the options that it takes."""
     for kind in KINDS:
