@@ -16,6 +16,7 @@ from .initialization import most_common_token_ids, register_initialization  # no
 from .optimization import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout  # noqa: E402
 from .registration import register  # noqa: E402
 from .reparameterization import register_reparameterization  # noqa: E402
+from .training_setup import TrainingSetupCallback, check_training_setup  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -24,6 +25,8 @@ __all__ = [
     "ResidualOptimizerFactory",
     "ResidualPromptEncoder",
     "ResidualPromptTuningConfig",
+    "TrainingSetupCallback",
+    "check_training_setup",
     "convert_to_prompt_tuning",
     "create_residual_optimizer",
     "disable_base_dropout",

@@ -29,6 +29,7 @@ from . import checkpoint
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
 from .encoder import ResidualPromptEncoder
 from .modeling import RESIDUAL_MODEL_CLASSES, ResidualPeftModel
+from .optimization import watch_learning_rate
 
 
 _LOCK = threading.Lock()
@@ -127,6 +128,7 @@ def _add_adapter(
     # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
     model.__class__ = model_class
     model.freeze_inactive_prompts()
+    watch_learning_rate(model.prompt_encoder[adapter_name])
 
 
 def _residual_class(model_class: type[PeftModel]) -> type[PeftModel]:
