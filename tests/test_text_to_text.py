@@ -8,9 +8,10 @@ import logging
 import sys
 import tokenize
 from pathlib import Path
+from random import Random
 
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 from hub_rows import CASES, RECORD, SIMILARITY_TEXTS, hub_splits
 from transformers import AutoTokenizer
 
@@ -19,7 +20,7 @@ EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 from embedded.tasks import MODEL  # noqa: E402
-from text_to_text import arguments, data, metrics  # noqa: E402
+from text_to_text import data, metrics  # noqa: E402
 from text_to_text.data import TASKS, load_texts  # noqa: E402
 from text_to_text.metrics import METRICS  # noqa: E402
 from text_to_text.superglue import mark  # noqa: E402
@@ -193,15 +194,6 @@ def test_only_rows_that_name_the_referent_ask_for_it(tmp_path):
 # --- tokens ---------------------------------------------------------------------------------------------------------
 
 
-def test_room_for_the_prompt_is_reserved_before_texts_are_cut(tokenizer):
-    texts = DatasetDict(train=Dataset.from_dict({"source": ["the film was good " * 30], "target": ["sun"]}))
-    args = arguments.Arguments(max_source_length=40, num_virtual_tokens=10)
-    ids = data.tokenize(texts, tokenizer, args.max_source_length - args.reserved, 4)["train"][0]["input_ids"]
-    whole = tokenizer("the film was good " * 30)["input_ids"]
-    assert len(ids) == 30 and ids == [*whole[:29], tokenizer.eos_token_id]
-    assert arguments.Arguments(method="fine_tuning", max_source_length=40).reserved == 0
-
-
 def test_target_lengths_are_counted_where_words_are_fixed(tokenizer):
     assert data.longest_target(TASKS["embedded/topic"], tokenizer) == 2
     words = dataclasses.replace(TASKS["embedded/topic"], words=("sun", "the film was good"))
@@ -283,6 +275,29 @@ def test_record_takes_the_best_answer_on_normalized_text():
     # "president obama": 2/3 with "obama" (1/2 with the other answer); "house" in "white house": 2/3; nothing: 0
     assert metrics.token_f1(["President Obama", "house", ""], truth) == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
     assert metrics.token_f1(["a a a", "white white house", "rome"], truth) == pytest.approx((0 + 4 / 5 + 1) / 3)
+
+
+def test_metrics_follow_their_published_definitions():
+    """Each definition written down once more, in plain words, on random answers."""
+    rng = Random(0)
+    for _ in range(50):
+        truth = [rng.choice(["True", "False"]) for _ in range(12)]
+        guess = [rng.choice(["True", "False"]) for _ in range(12)]
+        chosen, right = ({i for i, word in enumerate(side) if word == "True"} for side in (guess, truth))
+        precision, recall = (len(chosen & right) / max(1, len(side)) for side in (chosen, right))
+        table = rows(*truth, groups=[str(i // 3) for i in range(12)])
+        f1a = 2 * precision * recall / (precision + recall) if chosen & right else 0.0  # MultiRC: over all answers
+        assert METRICS["f1a"](guess, table, ("False", "True")) == pytest.approx(f1a)
+        questions = [set(range(start, start + 3)) for start in range(0, 12, 3)]
+        exact = sum(question & chosen == question & right for question in questions) / 4
+        assert metrics.question_exact_match(guess, table) == pytest.approx(exact)
+
+        words, answer = ([rng.choice("uvwx") for _ in range(rng.randint(1, 4))] for _ in range(2))
+        common = sum(min(words.count(letter), answer.count(letter)) for letter in "uvwx")
+        precision, recall = common / len(words), common / len(answer)
+        f1 = 2 * precision * recall / (precision + recall) if common else 0.0  # SQuAD and ReCoRD: over bags of words
+        table = rows("", answers=[[" ".join(answer), "zzz"]])
+        assert metrics.token_f1([" ".join(words)], table) == pytest.approx(f1)
 
 
 def test_a_referent_is_named_by_its_words_without_determiners():

@@ -1,7 +1,10 @@
 """The T5 example's script: three methods, the best epoch, interruption, bad arguments."""
 
+import dataclasses
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +15,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
 
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -20,8 +23,14 @@ SCRIPT = EXAMPLES / "text_to_text" / "train.py"
 sys.path.insert(0, str(EXAMPLES))
 
 from embedded.tasks import MODEL  # noqa: E402
-from text_to_text import data, metrics, train  # noqa: E402
+from text_to_text import metrics, train  # noqa: E402
 from text_to_text.data import TASKS, load_texts  # noqa: E402
+from text_to_text.interruption import exit_with_command, is_whole  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +74,24 @@ def test_the_script_runs_from_anywhere(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "embedded/sentiment, residual: epoch" in result.stdout
     assert PeftConfig.from_pretrained(tmp_path / "out" / "merged").peft_type.value == "PROMPT_TUNING"
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert again.returncode == 1 and "--overwrite" in again.stderr
+
+
+def test_an_output_folder_is_replaced_only_if_asked_and_only_its_checkpoints_are_deleted(tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-8").mkdir()
+    (tmp_path / "checkpoint-8" / "stale").touch()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit, match=r"exists\. Choose another folder, or pass --overwrite"):
+        run(monkeypatch, "--smoke", "--output_dir", tmp_path)
+    run(monkeypatch, "--smoke", "--output_dir", tmp_path, "--overwrite")
+    assert (tmp_path / "notes.txt").exists() and (tmp_path / "checkpoint-8").exists()
+    assert not (tmp_path / "checkpoint-8" / "stale").exists()
 
 
 def make_trainer(folder, tokenizer, **options):
-    args = train.Arguments(smoke=True, output_dir=folder, **options)
-    args.num_epochs = 6
+    """Two steps per epoch."""
+    args = train.Arguments(max_train_samples=16, max_eval_samples=8, num_epochs=6, output_dir=folder, **options)
     task = TASKS["embedded/sentiment"]
-    texts = load_texts(task, max_train_samples=16, max_eval_samples=8)
-    return train.make_trainer(args, task, data.tokenize(texts, tokenizer, 100, 2), tokenizer, 2)
+    return train.make_trainer(args, task, train.load_data(args, task, tokenizer), tokenizer)
 
 
 @pytest.mark.parametrize(
@@ -115,6 +132,39 @@ def test_prompts_are_trained_without_the_frozen_models_dropout(tmp_path):
         model = train.make_model(train.Arguments(model=str(tmp_path), method=method))
         found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
         assert found == {expected}, method
+
+
+def test_room_for_the_prompt_is_reserved_before_texts_are_cut(tmp_path, tokenizer):
+    long = "the film was good " * 30
+    (tmp_path / "train.json").write_text("\n".join(json.dumps({"text": long, "label": 1}) for _ in range(4)))
+    shutil.copy(tmp_path / "train.json", tmp_path / "test.json")
+    task = dataclasses.replace(TASKS["classification/imdb"], words=("rain", "sun"), text=lambda row: row["text"])
+    whole = tokenizer(long)["input_ids"]
+    for method, room in {"residual": 30, "prompt_tuning": 30, "fine_tuning": 40}.items():
+        args = train.Arguments(method=method, data_dir=tmp_path, max_source_length=40, num_virtual_tokens=10)
+        for split in train.load_data(args, task, tokenizer).values():
+            assert split[0]["input_ids"] == [*whole[: room - 1], tokenizer.eos_token_id], method
+
+
+def test_ctrl_c_waits_for_the_step_and_saves_it(tmp_path, tokenizer):
+    class PressAtStep3(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    trainer = make_trainer(tmp_path, tokenizer)
+    trainer.add_callback(PressAtStep3())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert is_whole(tmp_path / "checkpoint-3") and trainer.state.global_step == 3
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second one stops at once
+
+
+def test_interrupted_before_the_first_checkpoint(tmp_path, capsys):
+    (tmp_path / "checkpoint-5").mkdir()  # torn: without the state that is written last
+    with pytest.raises(SystemExit, match="130"):
+        exit_with_command(tmp_path)
+    assert "Interrupted before the first checkpoint" in capsys.readouterr().out
 
 
 def test_interrupting_leaves_a_whole_checkpoint_and_says_how_to_go_on(tmp_path, monkeypatch):

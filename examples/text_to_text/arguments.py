@@ -64,20 +64,15 @@ class Arguments:
         self.output_dir = self.output_dir or Path("build/text_to_text") / self.task / self.method
         positive = "learning_rate", "k_per_class", "max_train_samples", "max_eval_samples", "num_epochs", "patience"
         for name in (*positive, "batch_size", "eval_batch_size", "num_virtual_tokens"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
-        if self.max_source_length - self.reserved < 2:
+        if self.max_source_length < self.num_virtual_tokens + 2:
             raise ValueError(
-                f"`max_source_length` {self.max_source_length} leaves no room for text beside {self.reserved} virtual "
-                "tokens."
+                f"`max_source_length` {self.max_source_length} leaves no room for text beside "
+                f"{self.num_virtual_tokens} virtual tokens."
             )
         if self.resume_from_checkpoint and not is_whole(self.resume_from_checkpoint):
             raise ValueError(
                 f"`resume_from_checkpoint` {self.resume_from_checkpoint} is no whole checkpoint: it has no "
                 "trainer_state.json. Give a folder such as OUTPUT_DIR/checkpoint-100."
             )
-
-    @property
-    def reserved(self) -> int:
-        """Positions of the prompt, kept free before texts are cut."""
-        return 0 if self.method == "fine_tuning" else self.num_virtual_tokens

@@ -100,7 +100,7 @@ def load_texts(
 
 def read(task: Task, data_dir: Path | None, seed: int) -> DatasetDict:
     """The raw splits: generated, from files, or from the Hub."""
-    if task.repo == "embedded":
+    if data_dir is None and task.repo == "embedded":
         return embedded.load_task(task.subset, seed=seed)
     if data_dir is None:
         return load_dataset(task.repo, task.subset, revision=task.revision)

@@ -46,6 +46,14 @@ from peft_residual import (
 )
 
 
+def load_data(args: Arguments, task: Task, tokenizer) -> DatasetDict:
+    """Texts and tokens; room for the prompt is left before anything is cut."""
+    limits = args.k_per_class, args.max_train_samples, args.max_eval_samples
+    texts = load_texts(task, args.data_dir, *limits, seed=args.seed)
+    prompt = 0 if args.method == "fine_tuning" else args.num_virtual_tokens
+    return tokenize(texts, tokenizer, args.max_source_length - prompt, longest_target(task, tokenizer))
+
+
 def make_model(args: Arguments):
     """The model with what `--method` trains; only full fine-tuning keeps the model's own dropout."""
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
@@ -83,7 +91,7 @@ def make_scorer(task: Task, rows, tokenizer):
     return score
 
 
-def make_trainer(args: Arguments, task: Task, data: DatasetDict, tokenizer, max_target: int) -> Seq2SeqTrainer:
+def make_trainer(args: Arguments, task: Task, data: DatasetDict, tokenizer) -> Seq2SeqTrainer:
     arguments = Seq2SeqTrainingArguments(
         output_dir=str(args.output_dir),
         num_train_epochs=args.num_epochs,
@@ -101,7 +109,7 @@ def make_trainer(args: Arguments, task: Task, data: DatasetDict, tokenizer, max_
         greater_is_better=True,
         restore_callback_states_from_checkpoint=True,  # patience goes on where it was
         predict_with_generate=True,
-        generation_max_length=max_target + 1,  # the token that starts the decoder counts
+        generation_max_length=longest_target(task, tokenizer) + 1,  # the token that starts the decoder counts
         bf16=args.bf16,
         seed=args.seed,
         report_to=[],
@@ -149,11 +157,8 @@ def main() -> None:
     set_seed(args.seed)
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    max_target = longest_target(task, tokenizer)
-    limits = args.k_per_class, args.max_train_samples, args.max_eval_samples
-    texts = load_texts(task, args.data_dir, *limits, seed=args.seed)
-    data = tokenize(texts, tokenizer, args.max_source_length - args.reserved, max_target)
-    trainer = make_trainer(args, task, data, tokenizer, max_target)
+    data = load_data(args, task, tokenizer)
+    trainer = make_trainer(args, task, data, tokenizer)
 
     checkpoint = args.resume_from_checkpoint
     if not checkpoint:
