@@ -64,7 +64,7 @@ class Arguments:
         self.output_dir = self.output_dir or Path("build/text_to_text") / self.task / self.method
         positive = "learning_rate", "k_per_class", "max_train_samples", "max_eval_samples", "num_epochs", "patience"
         for name in (*positive, "batch_size", "eval_batch_size", "num_virtual_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:  # NaN is refused too
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
         if self.max_source_length < self.num_virtual_tokens + 2:
             raise ValueError(
