@@ -1,0 +1,162 @@
+"""The script that the others in this folder start from: one residual prompt for one task of the embedded model.
+
+    python examples/by_feature/base.py [--smoke]
+
+Each of the others repeats `main` and marks what it adds with `# New:`. Data, settings and the Trainer are made here.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `common` and `embedded` are in the folder above
+
+import torch
+import transformers
+from common import Arguments, check_columns, make_output_dir, parse, print_saved, room_for_text, training_arguments
+from datasets import DatasetDict
+from embedded.tasks import MODEL, TASKS, load_task
+from peft import get_peft_model
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+)
+
+from peft_residual import (
+    ResidualPromptTuningConfig,
+    create_residual_optimizer,
+    disable_base_dropout,
+    save_as_prompt_tuning,
+)
+
+
+# Settings may be chosen on these; the others are for one last look.
+DEVELOPMENT_TASKS = [name for name, task in TASKS.items() if task.development]
+
+
+@dataclass
+class TaskArguments(Arguments):
+    """What to train on what."""
+
+    model: str = field(default=str(MODEL), metadata={"help": "Encoder-decoder model: a folder or a Hub id."})
+    task: str = field(default="sentiment", metadata={"help": f"One of {', '.join(DEVELOPMENT_TASKS)}."})
+    max_steps: int = field(default=150, metadata={"help": "Training steps."})
+    output_dir: Path = field(default=Path("build/by_feature/base"), metadata={"help": "Output folder."})
+
+
+def load_data(args: TaskArguments, tokenizer, task: str) -> DatasetDict:
+    """The tokenized splits of a task."""
+    if task not in DEVELOPMENT_TASKS:
+        sys.exit(f"There is no task {task!r} for development. Choose one of {', '.join(DEVELOPMENT_TASKS)}.")
+    data = load_task(task, seed=args.seed)
+    if args.smoke:
+        data = DatasetDict({name: split.select(range(32)) for name, split in data.items()})
+    check_columns(data, ["text", "label"])
+
+    def tokenize(rows):
+        inputs = tokenizer(rows["text"], truncation=True, max_length=room_for_text(tokenizer, args))
+        return {**inputs, "labels": tokenizer(rows["label"])["input_ids"]}
+
+    return data.map(tokenize, batched=True, remove_columns=["text", "label"])
+
+
+def make_config(args: TaskArguments, **changes) -> ResidualPromptTuningConfig:
+    """The prompt's configuration."""
+    values = {
+        "task_type": "SEQ_2_SEQ_LM",
+        "num_virtual_tokens": args.num_virtual_tokens,
+        "tokenizer_name_or_path": args.model,
+        "prompt_tuning_init_seed": args.seed,
+    }
+    return ResidualPromptTuningConfig(**{**values, **changes})
+
+
+def make_trainer(
+    args: TaskArguments, model, data: DatasetDict, tokenizer, optimizer, callbacks=(), **changes
+) -> Seq2SeqTrainer:
+    """A Trainer that scores generated texts; `changes` are to its settings.
+
+    It takes an optimizer, since `Seq2SeqTrainer`, unlike `Trainer`, has no `optimizer_cls_and_kwargs`.
+    """
+    transformers.set_seed(args.seed)  # the order of rows
+    settings = {
+        **training_arguments(args),
+        "metric_for_best_model": "exact_match",
+        "predict_with_generate": True,
+        "generation_max_length": 10,
+        **changes,
+    }
+    return Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(**settings),
+        train_dataset=data["train"],
+        eval_dataset=data["validation"],
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        compute_metrics=exact_match(tokenizer),
+        optimizers=(optimizer, None),
+        callbacks=list(callbacks),
+    )
+
+
+def exact_match(tokenizer) -> Callable:
+    """The metric: the share of rows whose generated text is the label."""
+
+    def texts(ids):
+        ids = [[token if token >= 0 else tokenizer.pad_token_id for token in row] for row in ids.tolist()]
+        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def compute(prediction):
+        pairs = zip(texts(prediction.predictions), texts(prediction.label_ids), strict=True)
+        return {"exact_match": sum(given == label for given, label in pairs) / len(prediction.predictions)}
+
+    return compute
+
+
+def test_score(args: TaskArguments, model, data: DatasetDict, tokenizer) -> float:
+    """Exact match on the test split, of the adapter that is active."""
+    trainer = make_trainer(args, model, data, tokenizer, optimizer=None)
+    return trainer.evaluate(data["test"])["eval_exact_match"]
+
+
+def base_code(args: TaskArguments) -> str:
+    """The expression that loads the frozen model, to print."""
+    return f"AutoModelForSeq2SeqLM.from_pretrained({args.model!r})"
+
+
+def main() -> None:
+    args = parse(TaskArguments)
+    make_output_dir(args)
+
+    # Data
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = load_data(args, tokenizer, args.task)
+
+    # Model, config
+    base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
+    model = get_peft_model(base, make_config(args))
+    disable_base_dropout(model)
+
+    # Train
+    optimizer = create_residual_optimizer(model, learning_rate=args.learning_rate)
+    trainer = make_trainer(args, model, data, tokenizer, optimizer)
+    trainer.train()
+
+    # Evaluate
+    print(f"\ntest exact match: {test_score(args, model, data, tokenizer):.1%}")
+
+    # Save, merge
+    adapter, merged = args.output_dir / "adapter", args.output_dir / "merged"
+    model.save_pretrained(adapter)
+    save_as_prompt_tuning(model, merged)
+    print_saved(adapter, merged, base_code(args))
+
+
+if __name__ == "__main__":
+    main()

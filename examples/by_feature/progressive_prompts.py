@@ -1,0 +1,124 @@
+"""A sequence of tasks: each gets a new prompt behind the frozen prompts of those before it.
+
+    python examples/by_feature/progressive_prompts.py [--smoke]
+
+Progressive Prompts (Razdaibiedina et al., ICLR 2023, arXiv:2301.12314), with new prompts behind earlier ones. A later
+task can use what earlier prompts make the model do, and nothing is forgotten: earlier prompts never change, and the
+first rows of the last prompt are the prompts of all earlier tasks.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from base import TaskArguments, base_code, load_data, make_config, make_trainer, test_score
+from common import make_output_dir, parse, print_saved
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from peft_residual import (
+    create_residual_optimizer,
+    disable_base_dropout,
+    get_prompt_tensor,
+    register_reparameterization,
+    save_as_prompt_tuning,
+)
+from peft_residual.reparameterization import MLP
+
+
+@dataclass
+class ProgressiveArguments(TaskArguments):
+    """What to train on what."""
+
+    # New: the order of tasks
+    tasks: list[str] = field(
+        default_factory=lambda: ["question_answering", "topic", "majority"], metadata={"help": "Tasks, in order."}
+    )
+    output_dir: Path = field(default=Path("build/by_feature/progressive_prompts"), metadata={"help": "Output folder."})
+
+
+# New: earlier prompts are buffers of a network, so they are saved and loaded with it, and no optimizer sees them
+@register_reparameterization("PROGRESSIVE")
+class Progressive(nn.Module):
+    """Rows of earlier prompts as they are; `E + MLP(E)` in the rows behind them."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.mlp = MLP(config)
+        rows = config.total_virtual_tokens
+        self.register_buffer("earlier", torch.zeros(rows, config.token_dim))
+        self.register_buffer("is_earlier", torch.zeros(rows, 1, dtype=torch.bool))
+
+    def keep(self, prompt: torch.Tensor) -> None:
+        """Make a prompt `[rows, H]` the first rows, for good."""
+        self.earlier[: len(prompt)] = prompt
+        self.is_earlier[: len(prompt)] = True
+
+    def forward(self, prompt: torch.Tensor) -> torch.Tensor:
+        return torch.where(self.is_earlier, self.earlier, prompt + self.mlp(prompt))
+
+
+def main() -> None:
+    args = parse(ProgressiveArguments)
+    make_output_dir(args)
+
+    # Data
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    data = {task: load_data(args, tokenizer, task) for task in args.tasks}
+
+    earlier, scores = None, {}
+    for number, task in enumerate(args.tasks, start=1):
+        print(f"\n== {task} ==")
+        # Model, config
+        base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
+        config = make_config(
+            args,
+            num_virtual_tokens=number * args.num_virtual_tokens,  # New: room for the earlier ones
+            prompt_tuning_init_seed=args.seed + number,  # or each new prompt would start as the one before it
+            encoder_reparameterization_type="PROGRESSIVE",
+            encoder_residual=False,  # the network adds the skip itself, in the new rows
+        )
+        model = get_peft_model(base, config)
+        disable_base_dropout(model)
+        # New: what earlier tasks have learned
+        if earlier is not None:
+            model.prompt_encoder["default"].network.keep(earlier)
+
+        # Train
+        optimizer = create_residual_optimizer(model, learning_rate=args.learning_rate)
+        folder = str(args.output_dir / "trainer" / task)
+        trainer = make_trainer(args, model, data[task], tokenizer, optimizer, output_dir=folder)
+        trainer.train()
+
+        # Evaluate
+        scores[task] = test_score(args, model, data[task], tokenizer)
+
+        # Save, merge
+        model.save_pretrained(args.output_dir / "adapters" / task)
+        save_as_prompt_tuning(model, args.output_dir / "merged" / task)
+
+        # New: the next task starts behind all of it
+        prompt = get_prompt_tensor(model)
+        if earlier is not None and not torch.equal(prompt[: len(earlier)], earlier):
+            sys.exit("Earlier prompts have changed.")
+        earlier = prompt
+
+    # New: each task, loaded from its folder after all have been trained
+    print(f"\n{'task':20} {'tokens':>6} {'then':>8} {'now':>8}  first rows of the last prompt")
+    for task in args.tasks:
+        fresh = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
+        loaded = PeftModel.from_pretrained(fresh, args.output_dir / "adapters" / task, is_trainable=True)
+        prompt = get_prompt_tensor(loaded)
+        same = "the same" if torch.equal(prompt, earlier[: len(prompt)]) else "DIFFERENT"
+        now = test_score(args, loaded, data[task], tokenizer)
+        print(f"{task:20} {len(prompt):>6} {scores[task]:>8.1%} {now:>8.1%}  {same}")
+    for task in args.tasks:
+        print_saved(args.output_dir / "adapters" / task, args.output_dir / "merged" / task, base_code(args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Tiny models, a tokenizer and rows for `--smoke`: made on the spot, random weights, no network.
+
+They have the file layout and the columns of the real ones, so that an example does not know the difference.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import torch
+from datasets import ClassLabel, Dataset, DatasetDict, Features, List, Value
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+GOOD, BAD = ["great", "lovely", "fun", "brilliant"], ["dull", "awful", "slow", "boring"]
+THINGS = ["film", "book", "song", "meal", "game", "trip"]
+TOPICS = {
+    "World": ["war", "vote", "treaty", "president"],
+    "Sports": ["match", "goal", "team", "coach"],
+    "Business": ["stock", "market", "price", "bank"],
+    "Sci/Tech": ["robot", "planet", "chip", "software"],
+}
+PEOPLE, FIRMS, PLACES = ["anna smith", "ben", "carla jones", "dan"], ["acme", "globex corp"], ["paris", "new york"]
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+WORDS = ["the", "a", "was", "is", "new", "in", "work", "##s", "for", "topic", ":", "/", "sci", "tech", "world"]
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+}
+
+
+def _tokenizer(folder: Path, **options) -> int:
+    """Save a word-piece tokenizer and return its size; "works" is two pieces."""
+    lists = [GOOD, BAD, THINGS, *TOPICS.values(), ["sports", "business"], " ".join(PEOPLE + FIRMS + PLACES).split()]
+    vocabulary = dict.fromkeys([*SPECIAL, *WORDS, *(word for words in lists for word in words)])
+    backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    if "cls_token" in options:
+        ends = [("[CLS]", 2), ("[SEP]", 3)]
+        backend.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
+        **options,
+    )
+    tokenizer.save_pretrained(folder)
+    return len(tokenizer)
+
+
+def tiny_bert(folder: Path) -> str:
+    """Save a BERT without a head, and its tokenizer; return the folder."""
+    size = _tokenizer(folder, cls_token="[CLS]", sep_token="[SEP]")
+    torch.manual_seed(0)
+    BertModel(BertConfig(vocab_size=size, **SIZES)).save_pretrained(folder)
+    return str(folder)
+
+
+def tiny_llama(folder: Path) -> str:
+    """Save a Llama and its tokenizer; return the folder."""
+    size = _tokenizer(folder, eos_token="[SEP]")
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=size, bos_token_id=None, eos_token_id=3, num_key_value_heads=1, **SIZES)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def _splits(make_row, features: Features) -> DatasetDict:
+    rng = random.Random(0)
+    sizes = {"train": 64, "validation": 32, "test": 32}
+    return DatasetDict(
+        {name: Dataset.from_list([make_row(rng) for _ in range(n)], features=features) for name, n in sizes.items()}
+    )
+
+
+def reviews() -> DatasetDict:
+    """Columns sentence and label, as SST-2."""
+
+    def row(rng: random.Random) -> dict:
+        label = rng.randrange(2)
+        return {"sentence": f"the {rng.choice(THINGS)} was {rng.choice([BAD, GOOD][label])}", "label": label}
+
+    return _splits(row, Features({"sentence": Value("string"), "label": ClassLabel(names=["negative", "positive"])}))
+
+
+def news() -> DatasetDict:
+    """Columns text and label, as AG News."""
+
+    def row(rng: random.Random) -> dict:
+        label = rng.randrange(len(TOPICS))
+        words = list(TOPICS.values())[label]
+        return {"text": f"a new {rng.choice(words)} for the {rng.choice(words)}", "label": label}
+
+    return _splits(row, Features({"text": Value("string"), "label": ClassLabel(names=list(TOPICS))}))
+
+
+def named_entities() -> DatasetDict:
+    """Columns tokens and ner_tags, as CoNLL-2003."""
+    names = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
+
+    def row(rng: random.Random) -> dict:
+        parts = [(rng.choice(PEOPLE), 1), ("works", 0), ("for", 0), (rng.choice(FIRMS), 3), ("in", 0)]
+        tokens, tags = [], []
+        for text, tag in [*parts, (rng.choice(PLACES), 5)]:
+            words = text.split()
+            tokens += words
+            tags += [tag, *[tag + 1] * (len(words) - 1)] if tag else [0]
+        return {"tokens": tokens, "ner_tags": tags}
+
+    return _splits(row, Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}))
