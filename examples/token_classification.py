@@ -56,6 +56,15 @@ class TaggingArguments(Arguments):
     output_dir: Path = field(default=Path("build/token_classification"), metadata={"help": "Output folder."})
 
 
+def at_first_pieces(tags: list[int], words: list[int | None]) -> list[int]:
+    """The tag of each word at its first piece; -100 (not counted) at other pieces and special tokens.
+
+    `words` says of each piece which word it belongs to, None for special tokens.
+    """
+    before = [None, *words]
+    return [tags[word] if word is not None and word != before[i] else -100 for i, word in enumerate(words)]
+
+
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
     """Start, end and kind of each entity in a row of tags such as B-PER, I-PER, O."""
     found, start = set(), None
@@ -97,12 +106,7 @@ def main() -> None:
     def tokenize(rows):
         length = room_for_text(tokenizer, args)
         inputs = tokenizer(rows[args.words_column], is_split_into_words=True, truncation=True, max_length=length)
-        labels = []
-        for i, tags in enumerate(rows[args.tags_column]):
-            words = inputs.word_ids(i)
-            # The first piece of a word bears its tag; the others, and special tokens, do not count.
-            first = [word is not None and word != before for before, word in zip([None, *words], words)]
-            labels.append([tags[word] if is_first else -100 for word, is_first in zip(words, first, strict=True)])
+        labels = [at_first_pieces(tags, inputs.word_ids(i)) for i, tags in enumerate(rows[args.tags_column])]
         return {**inputs, "labels": labels}
 
     data = data.map(tokenize, batched=True, remove_columns=data["train"].column_names)

@@ -36,8 +36,10 @@ class ProgressiveArguments(TaskArguments):
 
     # New: the order of tasks
     tasks: list[str] = field(
-        default_factory=lambda: ["question_answering", "topic", "majority"], metadata={"help": "Tasks, in order."}
+        default_factory=lambda: ["entailment", "word_in_context", "question_answering"],
+        metadata={"help": "Tasks, in order."},
     )
+    max_steps: int = field(default=60, metadata={"help": "Training steps of each task."})
     output_dir: Path = field(default=Path("build/by_feature/progressive_prompts"), metadata={"help": "Output folder."})
 
 

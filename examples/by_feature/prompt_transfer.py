@@ -26,10 +26,11 @@ class TransferArguments(TaskArguments):
     """What to train on what."""
 
     # New: where to start from, and what to count
-    source: str = field(default="question_answering", metadata={"help": "The task whose prompt is the start."})
+    task: str = field(default="word_in_context", metadata={"help": "The task that is learned from both starts."})
+    source: str = field(default="entailment", metadata={"help": "The task whose prompt is the start."})
     target_score: float = field(default=0.9, metadata={"help": "Steps are counted until this exact match."})
     eval_steps: int = field(default=3, metadata={"help": "Steps between two looks at the validation split."})
-    max_steps: int = field(default=45, metadata={"help": "Steps of each training."})
+    max_steps: int = field(default=30, metadata={"help": "Steps of each training."})
     output_dir: Path = field(default=Path("build/by_feature/prompt_transfer"), metadata={"help": "Output folder."})
 
 
