@@ -289,6 +289,8 @@ def test_a_script_takes_a_model_and_data_from_disk(smoke, tmp_path):
         ("token_classification.py", ["--label_names", "O", "B-PER"], "expected 0 to 1"),
         ("sft.py", ["--num_virtual_tokens", "60"], "--num_virtual_tokens 60 leaves no room for text in 64 tokens"),
         ("by_feature/base.py", ["--task", "weather"], "There is no task 'weather' for development"),
+        ("by_feature/several_adapters.py", ["--task", "entailment"], "are both 'entailment'"),
+        ("by_feature/progressive_prompts.py", ["--tasks", "topic", "topic"], "names a task twice"),
         ("by_feature/base.py", ["--task", "aspect"], "There is no task 'aspect' for development"),
     ],
 )

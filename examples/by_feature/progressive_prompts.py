@@ -66,6 +66,8 @@ class Progressive(nn.Module):
 
 def main() -> None:
     args = parse(ProgressiveArguments)
+    if len(set(args.tasks)) < len(args.tasks):
+        sys.exit(f"--tasks {' '.join(args.tasks)} names a task twice. Name each once: folders are called by the task.")
     make_output_dir(args)
 
     # Data

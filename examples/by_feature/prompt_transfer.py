@@ -5,8 +5,8 @@
         --max_steps 150 --eval_steps 25 --target_score 0.8
 
 The prompt of `--source` as the frozen model saw it (network included) becomes the raw prompt of `--task`, with a fresh
-network (SPoT: Vu et al., ACL 2022, with a network on top). Whether it helps depends on the tasks: with seed 0 the first
-command reaches 90 % after 12 steps instead of 21, the second reaches 80 % after 150 steps from either start.
+network (SPoT: Vu et al., ACL 2022, with a network on top). Whether it helps depends on the tasks: with seed 0 the
+first command reaches 90 % after 12 steps instead of 21, the second reaches 80 % after 150 steps from either start.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ python examples/by_feature/several_adapters.py [--smoke]
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,6 +29,10 @@ class AdaptersArguments(TaskArguments):
 
 def main() -> None:
     args = parse(AdaptersArguments)
+    if args.task == args.second_task:
+        sys.exit(
+            f"--task and --second_task are both {args.task!r}. Name two tasks: each adapter is called by its task."
+        )
     make_output_dir(args)
 
     # Data
@@ -44,7 +49,6 @@ def main() -> None:
 
     # Train
     # New: the active adapter is the one that is trained, used and evaluated; `set_adapter` freezes the others
-    scores = {}
     for task in data:
         model.set_adapter(task)
         # The Trainer finds the best checkpoint of an adapter named "default" only, so the last state is kept.
@@ -54,6 +58,7 @@ def main() -> None:
         trainer.train()
 
     # Evaluate
+    scores = {}
     for task in data:
         model.set_adapter(task)
         scores[task] = test_score(args, model, data[task], tokenizer)
