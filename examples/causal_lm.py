@@ -37,6 +37,7 @@ from transformers import (
 from peft_residual import (
     ResidualOptimizerFactory,
     ResidualPromptTuningConfig,
+    TrainingSetupCallback,
     disable_base_dropout,
     save_as_prompt_tuning,
 )
@@ -135,6 +136,7 @@ def main() -> None:
         train_dataset=tokens["train"],
         eval_dataset=tokens["validation"],
         data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[TrainingSetupCallback(room_for_text(tokenizer, args))],
         optimizer_cls_and_kwargs=(ResidualOptimizerFactory, {"learning_rate": args.learning_rate}),
     )
     trainer.train()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -112,6 +112,22 @@ def training_arguments(args: Arguments) -> dict[str, Any]:
         "disable_tqdm": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+
+
+def decode(tokenizer: Any, ids: Any) -> list[str]:
+    """Texts of rows of ids, in which -100 stands for padding."""
+    ids = [[token if token >= 0 else tokenizer.pad_token_id for token in row] for row in ids.tolist()]
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def exact_match(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
+    """The metric: the share of rows whose generated text is the label."""
+
+    def compute(prediction: Any) -> dict[str, float]:
+        texts = decode(tokenizer, prediction.predictions), decode(tokenizer, prediction.label_ids)
+        return {"exact_match": sum(given == label for given, label in zip(*texts, strict=True)) / len(texts[0])}
+
+    return compute
 
 
 def print_saved(adapter: Path, merged: Path, base: str) -> None:

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 from peft_residual import (
     ResidualOptimizerFactory,
     ResidualPromptTuningConfig,
+    TrainingSetupCallback,
     disable_base_dropout,
     save_as_prompt_tuning,
 )
@@ -67,6 +68,7 @@ def main() -> None:
         eval_dataset=data["validation"],
         processing_class=tokenizer,
         peft_config=config,
+        callbacks=[TrainingSetupCallback(room_for_text(tokenizer, args))],
         optimizer_cls_and_kwargs=(ResidualOptimizerFactory, {"learning_rate": args.learning_rate}),
     )
     model = trainer.model

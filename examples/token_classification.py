@@ -34,6 +34,7 @@ from transformers import (
 from peft_residual import (
     ResidualOptimizerFactory,
     ResidualPromptTuningConfig,
+    TrainingSetupCallback,
     disable_base_dropout,
     most_common_token_ids,
     save_as_prompt_tuning,
@@ -136,6 +137,7 @@ def main() -> None:
         eval_dataset=data["validation"],
         data_collator=DataCollatorForTokenClassification(tokenizer),
         compute_metrics=lambda prediction: entity_f1(prediction, names),
+        callbacks=[TrainingSetupCallback(room_for_text(tokenizer, args))],
         optimizer_cls_and_kwargs=(
             ResidualOptimizerFactory,
             {"learning_rate": args.learning_rate, "modules_to_save_learning_rate": args.head_learning_rate},

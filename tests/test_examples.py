@@ -1,6 +1,5 @@
 """The examples run, offline, and say what they should; what they save loads in stock PEFT."""
 
-import ast
 import contextlib
 import io
 import json
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import tokenize
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_text_to_text import lines_of_code
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peft_residual import get_prompt_tensor
@@ -122,16 +121,9 @@ def test_what_the_scripts_say_loads_in_a_process_without_this_package(smoke):
     assert result.stdout.endswith("loaded\n"), result.stderr
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "common.py", "smoke.py"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "common.py", "smoke.py", "demo.py"])
 def test_a_script_has_at_most_150_lines_of_code(script):
-    path = EXAMPLES / script
-    nodes = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Expr)]
-    texts = {i for n in nodes if isinstance(n.value, ast.Constant) for i in range(n.lineno, n.end_lineno + 1)}
-    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
-    with path.open("rb") as file:
-        tokens = [t for t in tokenize.tokenize(file.readline) if t.type not in blank | {tokenize.ENCODING}]
-    code = {i for t in tokens for i in range(t.start[0], t.end[0] + 1)} - texts
-    assert len(code) <= 150
+    assert lines_of_code(EXAMPLES / script) <= 150
 
 
 def test_every_script_is_listed():

@@ -8,7 +8,6 @@ Each of the others repeats `main` and marks what it adds with `# New:`. Data, se
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `common` and `em
 
 import torch
 import transformers
-from common import Arguments, check_columns, make_output_dir, parse, print_saved, room_for_text, training_arguments
+from common import (
+    Arguments,
+    check_columns,
+    exact_match,
+    make_output_dir,
+    parse,
+    print_saved,
+    room_for_text,
+    training_arguments,
+)
 from datasets import DatasetDict
 from embedded.tasks import MODEL, TASKS, load_task
 from peft import get_peft_model
@@ -31,6 +39,7 @@ from transformers import (
 
 from peft_residual import (
     ResidualPromptTuningConfig,
+    TrainingSetupCallback,
     create_residual_optimizer,
     disable_base_dropout,
     save_as_prompt_tuning,
@@ -101,22 +110,8 @@ def make_trainer(
         data_collator=DataCollatorForSeq2Seq(tokenizer),
         compute_metrics=exact_match(tokenizer),
         optimizers=(optimizer, None),
-        callbacks=list(callbacks),
+        callbacks=[TrainingSetupCallback(room_for_text(tokenizer, args)), *callbacks],
     )
-
-
-def exact_match(tokenizer) -> Callable:
-    """The metric: the share of rows whose generated text is the label."""
-
-    def texts(ids):
-        ids = [[token if token >= 0 else tokenizer.pad_token_id for token in row] for row in ids.tolist()]
-        return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
-
-    def compute(prediction):
-        pairs = zip(texts(prediction.predictions), texts(prediction.label_ids), strict=True)
-        return {"exact_match": sum(given == label for given, label in pairs) / len(prediction.predictions)}
-
-    return compute
 
 
 def test_score(args: TaskArguments, model, data: DatasetDict, tokenizer) -> float:
