@@ -11,12 +11,20 @@ check_peft()
 
 from .config import ResidualPromptTuningConfig  # noqa: E402
 from .encoder import ResidualPromptEncoder  # noqa: E402
-from .export import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning  # noqa: E402
+from .export import (  # noqa: E402
+    convert_to_prompt_tuning,
+    get_prompt_tensor,
+    save_as_prompt_tuning,
+    save_prompt_tensor,
+)
 from .initialization import most_common_token_ids, register_initialization  # noqa: E402
 from .optimization import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout  # noqa: E402
+from .prefix_tuning import save_as_prefix_tuning  # noqa: E402
 from .registration import register  # noqa: E402
 from .reparameterization import register_reparameterization  # noqa: E402
+from .serving import embed_with_prompt, sglang_request, vllm_request  # noqa: E402
 from .training_setup import TrainingSetupCallback, check_training_setup  # noqa: E402
+from .vocabulary import VocabularyExport, save_as_vocabulary  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -26,15 +34,22 @@ __all__ = [
     "ResidualPromptEncoder",
     "ResidualPromptTuningConfig",
     "TrainingSetupCallback",
+    "VocabularyExport",
     "check_training_setup",
     "convert_to_prompt_tuning",
     "create_residual_optimizer",
     "disable_base_dropout",
+    "embed_with_prompt",
     "get_prompt_tensor",
     "most_common_token_ids",
     "register_initialization",
     "register_reparameterization",
+    "save_as_prefix_tuning",
     "save_as_prompt_tuning",
+    "save_as_vocabulary",
+    "save_prompt_tensor",
+    "sglang_request",
+    "vllm_request",
 ]
 
 register()

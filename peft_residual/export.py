@@ -1,22 +1,22 @@
-"""After training: the projected prompt as a tensor, and as a plain prompt tuning adapter that stock PEFT loads."""
+"""After training: the projected prompt as a tensor, as a file, and as an adapter that stock PEFT loads."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, PromptEmbedding, PromptTuningConfig, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, PromptEmbedding, PromptTuningConfig, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, writing
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
 
 
@@ -33,7 +33,7 @@ def get_prompt_tensor(model: PeftModel, adapter_name: str = "default") -> Tensor
     Raises:
         ValueError: If there is no such adapter, or it is of another kind.
     """
-    _check_adapter(model, adapter_name, PromptTuningConfig)
+    check_adapter(model, adapter_name, PromptTuningConfig)
     return model.get_prompt_embedding_to_save(adapter_name)
 
 
@@ -50,7 +50,7 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
     Raises:
         ValueError: If there is no such adapter, or it is no residual adapter.
     """
-    _check_adapter(model, adapter_name, ResidualPromptTuningConfig)
+    check_adapter(model, adapter_name, ResidualPromptTuningConfig)
     encoder = model.prompt_encoder[adapter_name]
     plain_config = to_prompt_tuning_config(model.peft_config[adapter_name])
     prompt = get_prompt_tensor(model, adapter_name)
@@ -98,22 +98,68 @@ def save_as_prompt_tuning(
         ValueError: If the source is no residual adapter, or is damaged.
         FileExistsError: If `out` exists and `overwrite` is False, or it is no adapter's folder.
     """
-    out = Path(out).expanduser().resolve()
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"`{out}` exists. Choose another folder, or pass `overwrite=True` to replace it.")
-    if out.exists() and not (out / CONFIG_NAME).is_file():
-        raise FileExistsError(f"`{out}` exists and holds no adapter, so it is not replaced. Choose another folder.")
     if isinstance(model_or_adapter_folder, PeftModel):
         model = model_or_adapter_folder
-        _check_adapter(model, adapter_name, ResidualPromptTuningConfig)
+        check_adapter(model, adapter_name, ResidualPromptTuningConfig)
         config = model.peft_config[adapter_name]
         tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     else:
         config, tensors = _read_folder(model_or_adapter_folder)
     plain_config = to_prompt_tuning_config(config)
     plain_config.inference_mode = True
-    _write_folder(out, plain_config, checkpoint.strip(tensors))
+    return write_adapter(out, plain_config, checkpoint.strip(tensors), overwrite=overwrite)
+
+
+def save_prompt_tensor(
+    model_or_adapter_folder: PeftModel | str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    overwrite: bool = False,
+) -> Path:
+    """Save the projected prompt `[P, H]`, float32, as a file. It appears whole or not at all.
+
+    Args:
+        model_or_adapter_folder ([`~peft.PeftModel`], `str` or `os.PathLike`): A model with a residual or plain prompt
+            tuning adapter, or the folder (or Hub id) of a saved one.
+        out (`str` or `os.PathLike`): The file; its name says the format. `.safetensors`: one tensor,
+            `prompt_embeddings`. `.npy`: NumPy. `.pt`: what `torch.load` reads, the format that vLLM decodes prompt
+            embeddings from (see `serving.py` for whole requests).
+        adapter_name (`str`): Which adapter of a model.
+        overwrite (`bool`): Whether to replace a file that exists.
+
+    Returns:
+        `pathlib.Path`: The file.
+
+    Raises:
+        ValueError: If the name ends otherwise, or there is no such prompt.
+        FileExistsError: If `out` exists and `overwrite` is False.
+    """
+    out = writing.resolve(out)
+    if out.suffix not in _TENSOR_WRITERS:
+        raise ValueError(f"`out`={str(out)!r} must end in one of {sorted(_TENSOR_WRITERS)}, which name the format.")
+    if isinstance(model_or_adapter_folder, PeftModel):
+        prompt = get_prompt_tensor(model_or_adapter_folder, adapter_name)
+    else:
+        prompt, rows_of_encoder = checkpoint.read_prompt(model_or_adapter_folder)
+        prompt = prompt[:rows_of_encoder]
+    with writing.new_file(out, overwrite=overwrite) as path:
+        # A copy of its own: torch would write the whole storage of a view.
+        _TENSOR_WRITERS[out.suffix](prompt.float().contiguous().clone(), path)
     return out
+
+
+def _write_npy(prompt: Tensor, path: Path) -> None:
+    import numpy
+
+    numpy.save(path, prompt.numpy(), allow_pickle=False)
+
+
+_TENSOR_WRITERS: dict[str, Callable[[Tensor, Path], None]] = {
+    ".safetensors": lambda prompt, path: save_file({checkpoint.PROMPT_KEY: prompt}, path, {"format": "pt"}),
+    ".npy": _write_npy,
+    ".pt": torch.save,
+}
 
 
 def _read_folder(folder: str | os.PathLike[str]) -> tuple[ResidualPromptTuningConfig, dict[str, Tensor]]:
@@ -128,28 +174,19 @@ def _read_folder(folder: str | os.PathLike[str]) -> tuple[ResidualPromptTuningCo
     return ResidualPromptTuningConfig.from_pretrained(str(folder)), tensors
 
 
-def _write_folder(out: Path, config: PromptTuningConfig, tensors: dict[str, Tensor]) -> None:
-    """Write beside the target and rename, so that a kill leaves the old folder or the new one."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new, old = scratch / "new", scratch / "old"
-        new.mkdir()
-        save_file({k: t.contiguous() for k, t in tensors.items()}, new / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
-        (new / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+def write_adapter(
+    out: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor], *, overwrite: bool
+) -> Path:
+    """Write a folder that PEFT loads, `adapter_config.json` and `adapter_model.safetensors`, whole or not at all."""
+    out = writing.resolve(out)
+    with writing.new_folder(out, marker=CONFIG_NAME, overwrite=overwrite) as folder:
+        save_file({k: t.contiguous() for k, t in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
+        (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+    return out
 
 
-def _check_adapter(model: Any, adapter_name: str, config_class: type[PromptTuningConfig]) -> None:
+def check_adapter(model: Any, adapter_name: str, config_class: type[PromptTuningConfig]) -> None:
+    """Raise a `ValueError` unless the model has such an adapter, of this kind."""
     if not isinstance(model, PeftModel):
         raise ValueError(f"`model` must be a PeftModel, got {type(model).__name__}. Unwrap it first.")
     config = model.peft_config.get(adapter_name)
@@ -160,3 +197,21 @@ def _check_adapter(model: Any, adapter_name: str, config_class: type[PromptTunin
             f"Adapter {adapter_name!r} is configured by {type(config).__name__}, expected {config_class.__name__}. "
             "Name another adapter with `adapter_name`."
         )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Run without dropout; each module gets its mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def is_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether two results of one computation differ by no more than the order of its steps explains."""
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())

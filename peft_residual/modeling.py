@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +28,7 @@ from peft import (
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
+from . import writing
 from .config import ResidualPromptTuningConfig
 
 
@@ -247,13 +250,15 @@ class ResidualPeftModel(PeftModel):
         save_directory: str,
         safe_serialization: bool = True,
         selected_adapters: list[str] | None = None,
-        *args: Any,
+        save_embedding_layers: str | bool = "auto",
+        is_main_process: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Save adapters as PEFT does, always as safetensors.
+        """Save adapters as PEFT does, always as safetensors; a kill at any moment leaves no half adapter.
 
         Raises:
-            ValueError: If `safe_serialization` is False: a pickled residual adapter would not be read again.
+            ValueError: If `safe_serialization` is False: a pickled residual adapter would not be read again. Or if
+                `save_directory` is a file.
         """
         names = selected_adapters or self.peft_config
         residual = [n for n in names if isinstance(self.peft_config.get(n), ResidualPromptTuningConfig)]
@@ -262,7 +267,17 @@ class ResidualPeftModel(PeftModel):
                 f"`safe_serialization=False` would pickle the residual adapter(s) {residual}, and pickles are not "
                 "read back. Leave it at True."
             )
-        super().save_pretrained(save_directory, safe_serialization, selected_adapters, *args, **kwargs)
+        if os.path.isfile(save_directory):
+            raise ValueError(f"`save_directory`={str(save_directory)!r} is a file. Name a folder.")
+        args = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
+        if not is_main_process:  # writes nothing, but takes part in gathering
+            super().save_pretrained(save_directory, *args, **kwargs)
+            return
+        with writing.new_adapters(save_directory) as folder:
+            card = os.path.join(save_directory, "README.md")
+            if os.path.isfile(card):  # which PEFT brings up to date
+                shutil.copy(card, folder)
+            super().save_pretrained(str(folder), *args, **kwargs)
 
 
 class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):

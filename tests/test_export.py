@@ -186,7 +186,7 @@ def test_existing_folder_is_replaced_only_when_told_to(tmp_path):
 
 def test_a_folder_that_holds_no_adapter_is_never_replaced(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("precious")
-    with pytest.raises(FileExistsError, match="holds no adapter"):
+    with pytest.raises(FileExistsError, match=r"has no adapter_config\.json"):
         save_as_prompt_tuning(T5.model(), tmp_path, overwrite=True)
     assert (tmp_path / "notes.txt").read_text() == "precious"
     out = tmp_path / "out"

@@ -1,0 +1,115 @@
+"""After training: requests to engines that take embeddings in place of text (vLLM, SGLang).
+
+The formats, as vLLM 0.33 and SGLang 0.5.23 decode them:
+
+- vLLM, `POST /v1/completions` of a server started with `--enable-prompt-embeds`: `prompt_embeds` is base64 text, or a
+  list of such texts. Each holds what `torch.save` writes of one tensor `[tokens, H]` of any floating-point type, read
+  with `weights_only=True`. `H` is the model's embedding width. Decoder-only models.
+- SGLang, `POST /generate` of a server started with `--disable-radix-cache`: `input_embeds` is a list (tokens) of lists
+  (`H`) of JSON numbers, or a list of those; neither `text` nor `input_ids` may stand beside it.
+
+Both put the numbers where a model's embedded text goes. SGLang's Gemma and Gemma 2 multiply them once more.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel, PromptTuningConfig
+from torch import Tensor
+
+from .export import check_adapter, get_prompt_tensor
+
+
+@torch.no_grad()
+def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_name: str = "default") -> Tensor:
+    """Embed a prompt and the text behind it, as the frozen model sees them.
+
+    Args:
+        model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer.
+        text (`str`): The text, without the prompt; special tokens are added as the tokenizer does.
+        adapter_name (`str`): Which adapter of the model.
+
+    Returns:
+        `torch.Tensor`: `[P + tokens, H]`, in the type of the model's embeddings, on the CPU.
+
+    Raises:
+        ValueError: If there is no such prompt, or the model is no causal language model.
+    """
+    check_adapter(model, adapter_name, PromptTuningConfig)
+    task_type = model.peft_config[adapter_name].task_type
+    if task_type != "CAUSAL_LM":
+        raise ValueError(
+            f"Adapter {adapter_name!r} has task_type={str(task_type)!r}; engines take embeddings for causal language "
+            "models only (CAUSAL_LM). Use `save_as_vocabulary`."
+        )
+    embeddings = model.get_base_model().get_input_embeddings()
+    ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.long, device=embeddings.weight.device)
+    prompt = get_prompt_tensor(model, adapter_name)
+    return torch.cat([prompt.to(embeddings.weight), embeddings(ids)]).cpu()
+
+
+def vllm_request(
+    model: PeftModel, tokenizer: Any, text: str | Sequence[str], *, adapter_name: str = "default", **fields: Any
+) -> dict[str, Any]:
+    """Build the body of a request to vLLM's `/v1/completions`, with the prompt in front of the text.
+
+    Args:
+        model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter. Only its
+            embeddings are used: it need not be on a GPU.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer.
+        text (`str` or `Sequence[str]`): One text, or several for a request that gets one answer for each.
+        adapter_name (`str`): Which adapter of the model.
+        fields: Other fields of the body: `model="name"`, `max_tokens=32`, `temperature=0`.
+
+    Returns:
+        `dict[str, Any]`: The body, ready for `json.dumps`.
+
+    Raises:
+        ValueError: If there is no such prompt, or the model is no causal language model.
+    """
+
+    def encode(one: str) -> str:
+        buffer = io.BytesIO()
+        torch.save(embed_with_prompt(model, tokenizer, one, adapter_name=adapter_name), buffer)
+        return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+    return {**fields, "prompt_embeds": encode(text) if isinstance(text, str) else [encode(one) for one in text]}
+
+
+def sglang_request(
+    model: PeftModel, tokenizer: Any, text: str | Sequence[str], *, adapter_name: str = "default", **fields: Any
+) -> dict[str, Any]:
+    """Build the body of a request to SGLang's `/generate`, with the prompt in front of the text.
+
+    Args:
+        model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter. Only its
+            embeddings are used: it need not be on a GPU.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer.
+        text (`str` or `Sequence[str]`): One text, or several for a request that gets one answer for each.
+        adapter_name (`str`): Which adapter of the model.
+        fields: Other fields of the body: `sampling_params={"max_new_tokens": 32, "temperature": 0}`.
+
+    Returns:
+        `dict[str, Any]`: The body, ready for `json.dumps`.
+
+    Raises:
+        ValueError: If there is no such prompt, the model is no causal language model, or SGLang does not take its
+            embeddings as they are.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type in ("gemma", "gemma2"):
+        raise ValueError(
+            f"SGLang multiplies the embeddings that it is given with the embedding scale of {model_type!r} once more, "
+            "and rounds there. Use `save_as_vocabulary`."
+        )
+
+    def encode(one: str) -> list[list[float]]:
+        return embed_with_prompt(model, tokenizer, one, adapter_name=adapter_name).float().tolist()
+
+    return {**fields, "input_embeds": encode(text) if isinstance(text, str) else [encode(one) for one in text]}
