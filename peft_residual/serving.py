@@ -55,7 +55,7 @@ def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_na
 
 
 def vllm_request(
-    model: PeftModel, tokenizer: Any, text: str | Sequence[str], *, adapter_name: str = "default", **fields: Any
+    model: PeftModel, tokenizer: Any, text: str | Sequence[str], /, *, adapter_name: str = "default", **fields: Any
 ) -> dict[str, Any]:
     """Build the body of a request to vLLM's `/v1/completions`, with the prompt in front of the text.
 
@@ -83,7 +83,7 @@ def vllm_request(
 
 
 def sglang_request(
-    model: PeftModel, tokenizer: Any, text: str | Sequence[str], *, adapter_name: str = "default", **fields: Any
+    model: PeftModel, tokenizer: Any, text: str | Sequence[str], /, *, adapter_name: str = "default", **fields: Any
 ) -> dict[str, Any]:
     """Build the body of a request to SGLang's `/generate`, with the prompt in front of the text.
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 from conftest import make_config, tiny_t5
@@ -18,7 +19,8 @@ from peft import (
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh, outputs_of, train
 
-from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning
+from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning, save_prompt_tensor
+from peft_residual.checkpoint import read_prompt
 
 
 T5 = SCENARIOS["t5"]
@@ -149,6 +151,55 @@ def test_prompt_tensor_is_what_the_model_sees():
     assert torch.equal(outputs_of(model, T5.batch()), expected)
     model.add_adapter("plain", PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=3))
     assert get_prompt_tensor(model, "plain").shape[1] == 16
+
+
+def test_merged_tensors_take_the_prompt_and_less_than_a_kilobyte(tmp_path):
+    for rows in (4, 100):
+        save_as_prompt_tuning(T5.model(num_virtual_tokens=rows, prompt_tuning_init="RANDOM"), tmp_path / str(rows))
+        size = (tmp_path / str(rows) / "adapter_model.safetensors").stat().st_size
+        assert rows * 16 * 4 < size < rows * 16 * 4 + 1024
+
+
+def read_pt(path):
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "read"),
+    [
+        (".safetensors", lambda path: load_file(path)["prompt_embeddings"]),
+        (".npy", lambda path: torch.from_numpy(numpy.load(path))),
+        (".pt", read_pt),
+    ],
+)
+def test_prompt_is_saved_as_a_file_from_a_model_or_a_folder(suffix, read, tmp_path):
+    model = T5.model()
+    model.save_pretrained(tmp_path / "full")
+    out = save_prompt_tensor(model, tmp_path / f"prompt{suffix}")
+    assert torch.equal(read(out), get_prompt_tensor(model)) and read(out).dtype == torch.float32
+    assert out.stat().st_size < P * 16 * 4 + 2048
+    from_folder = save_prompt_tensor(tmp_path / "full", tmp_path / f"again{suffix}")
+    assert torch.equal(read(from_folder), read(out))
+    if suffix != ".pt":  # a pickle, which this package does not read
+        assert torch.equal(read_prompt(out)[0], read(out)), "a later prompt can start from it"
+
+
+def test_prompt_files_are_replaced_only_when_told_to(tmp_path):
+    model = T5.model()
+    out = save_prompt_tensor(model, tmp_path / "prompt.npy")
+    before = out.read_bytes()
+    train(model, T5, steps=1)
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_prompt_tensor(model, out)
+    assert out.read_bytes() == before
+    save_prompt_tensor(model, out, overwrite=True)
+    assert out.read_bytes() != before
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(FileExistsError, match="is a folder"):
+        save_prompt_tensor(model, tmp_path / "folder.npy", overwrite=True)
+    with pytest.raises(ValueError, match=r"prompt\.bin' must end in one of \['\.npy', '\.pt', '\.safetensors'\]"):
+        save_prompt_tensor(model, tmp_path / "prompt.bin")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.npy", "prompt.npy"]
 
 
 def test_conversion_in_place_drops_the_network_and_keeps_the_rest(tmp_path):
