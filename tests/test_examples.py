@@ -355,3 +355,10 @@ def test_demo_trains_resumes_merges_and_reloads(tmp_path):
 def test_benchmark_of_per_token_networks_prints_a_ratio():
     sizes = ["--tokens", "4", "--width", "16", "--hidden", "8", "--repeats", "3", "--threads", "1"]
     assert "ratio" in run_alone("benchmarks/per_token_networks.py", *sizes)
+
+
+def test_benchmark_of_prefixes_prints_a_ratio_and_that_both_compute_the_same():
+    sizes = ["--prompt", "4", "--text", "3", "--width", "16", "--layers", "1", "--repeats", "3", "--threads", "1"]
+    printed = run_alone("benchmarks/prefix_prefill.py", *sizes)
+    assert "ratio" in printed
+    assert float(printed.split("difference")[1]) <= 1e-5

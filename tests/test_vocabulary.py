@@ -31,19 +31,21 @@ DiskUsage = namedtuple("DiskUsage", "total used free")
 # --- tokenizers that differ in what they do at the start of a text --------------------------------------------------
 
 
-def with_ids(words):
-    return {word: i for i, word in enumerate(words)}
+# Sizes are multiples of 8: kernels take a last, narrower block of columns apart, to other last bits.
+def with_ids(words, size):
+    """A vocabulary of the words in order, filled up with others."""
+    return {word: i for i, word in enumerate([*words, *(f"<unused{i}>" for i in range(size - len(words)))])}
 
 
 def bytes_tokenizer(tokenizer_class="GPT2Tokenizer", **settings):
-    """GPT-2 (OPT with `add_bos_token`), Qwen: 258 ids."""
-    ids = with_ids(["<|endoftext|>", *BYTES, "he"])
+    """GPT-2 (OPT with `add_bos_token`), Qwen: 264 ids."""
+    ids = with_ids(["<|endoftext|>", *BYTES, "he"], 264)
     return getattr(transformers, tokenizer_class)(vocab=ids, merges=[("h", "e")], **settings)
 
 
 def bytes_behind_a_start_token():
-    """Llama 3: a special token starts each text. 257 ids."""
-    backend = Tokenizer(models.BPE(with_ids(["<s>", *BYTES]), []))
+    """Llama 3: a special token starts each text. 264 ids."""
+    backend = Tokenizer(models.BPE(with_ids(["<s>", *BYTES], 264), []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     template = processors.TemplateProcessing(
         single="<s>:0 $A:0", pair="<s>:0 $A:0 <s>:1 $B:1", special_tokens=[("<s>", 0)]
@@ -54,39 +56,39 @@ def bytes_behind_a_start_token():
 
 
 def characters_behind_a_space():
-    """Llama 2: gives the first word of a text a space, and a word behind a special token none. 99 ids."""
-    ids = with_ids(["<unk>", "<s>", "</s>", *CHARACTERS, "he"])
+    """Llama 2: gives the first word of a text a space, and a word behind a special token none. 104 ids."""
+    ids = with_ids(["<unk>", "<s>", "</s>", *CHARACTERS, "he"], 104)
     return transformers.LlamaTokenizer(vocab=ids, merges=[("h", "e")])
 
 
 def characters():
-    """Gemma: 100 ids."""
-    ids = with_ids(["<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, "he"])
+    """Gemma: 104 ids, one of which the class adds."""
+    ids = with_ids(["<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, "he"], 103)
     return transformers.GemmaTokenizer(vocab=ids, merges=[("h", "e")])
 
 
 def pieces_with_an_end_token():
-    """T5: gives each word a space, ends each text with a special token. 101 ids."""
+    """T5: gives each word a space, ends each text with a special token. 104 ids."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return transformers.T5Tokenizer(vocab=[*special, *((c, -3.0) for c in CHARACTERS)], extra_ids=3)
+    return transformers.T5Tokenizer(vocab=[*special, *((c, -3.0) for c in CHARACTERS)], extra_ids=6)
 
 
 # --- every kind of model and tokenizer ------------------------------------------------------------------------------
 
 
 CASES = {  # base model and tokenizer
-    "gpt2, tied": (lambda: tiny_gpt2(vocab_size=258, n_positions=128), bytes_tokenizer),
-    "llama 2, untied": (lambda: tiny_llama(vocab_size=99), characters_behind_a_space),
+    "gpt2, tied": (lambda: tiny_gpt2(vocab_size=264, n_positions=128), bytes_tokenizer),
+    "llama 2, untied": (lambda: tiny_llama(vocab_size=104), characters_behind_a_space),
     "llama 2, tied, padded": (lambda: tiny_llama(vocab_size=128, tie_word_embeddings=True), characters_behind_a_space),
-    "llama 3, untied": (lambda: tiny_llama(vocab_size=257, max_position_embeddings=128), bytes_behind_a_start_token),
-    "qwen 2, tied": (lambda: tiny("Qwen2", vocab_size=258, tie_word_embeddings=True), bytes_tokenizer),
-    "qwen 3, untied": (lambda: tiny("Qwen3", vocab_size=258), lambda: bytes_tokenizer("Qwen2Tokenizer")),
-    "gemma 2, scaled": (lambda: tiny("Gemma2", vocab_size=100, hidden_size=24), characters),
-    "gemma 3, scaled": (lambda: tiny("Gemma3Text", vocab_size=100, hidden_size=24), characters),
-    "opt": (lambda: tiny_opt(vocab_size=258), lambda: bytes_tokenizer(add_bos_token=True)),
-    "phi, bias in the output": (lambda: tiny("Phi", vocab_size=258), bytes_tokenizer),
+    "llama 3, untied": (lambda: tiny_llama(vocab_size=264, max_position_embeddings=128), bytes_behind_a_start_token),
+    "qwen 2, tied": (lambda: tiny("Qwen2", vocab_size=264, tie_word_embeddings=True), bytes_tokenizer),
+    "qwen 3, untied": (lambda: tiny("Qwen3", vocab_size=264), lambda: bytes_tokenizer("Qwen2Tokenizer")),
+    "gemma 2, scaled": (lambda: tiny("Gemma2", vocab_size=104, hidden_size=24), characters),
+    "gemma 3, scaled": (lambda: tiny("Gemma3Text", vocab_size=104, hidden_size=24), characters),
+    "opt": (lambda: tiny_opt(vocab_size=264), lambda: bytes_tokenizer(add_bos_token=True)),
+    "phi, bias in the output": (lambda: tiny("Phi", vocab_size=264), bytes_tokenizer),
     "t5, tied, padded": (lambda: tiny_t5(vocab_size=112), pieces_with_an_end_token),
-    "t5 v1.1": (lambda: tiny_t5(vocab_size=101, tie_word_embeddings=False), pieces_with_an_end_token),
+    "t5 v1.1": (lambda: tiny_t5(vocab_size=104, tie_word_embeddings=False), pieces_with_an_end_token),
 }
 
 
@@ -169,17 +171,17 @@ def test_new_rows_hold_the_prompt_and_nothing_in_the_output_layer(tmp_path):
     before = model.base_model.get_input_embeddings().weight.clone()
     export = save_as_vocabulary(model, tokenizer, tmp_path / "out")
     ids = export.token_ids["default"]
-    assert ids == [99, 100, 101, 102], "the padded rows serve"
+    assert ids == [104, 105, 106, 107], "the padded rows serve"
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     table, output = tensors["model.embed_tokens.weight"], tensors["lm_head.weight"]
     assert table.shape == output.shape == (128, 16)
     assert torch.equal(table[ids], model.prompt_encoder["default"]())
     assert not output[ids].any()
-    assert torch.equal(table[:99], before[:99]) and torch.equal(output[:99], before[:99])
+    assert torch.equal(table[:104], before[:104]) and torch.equal(output[:104], before[:104])
     # The model and the tokenizer that were given are what they were.
     assert torch.equal(model.base_model.get_input_embeddings().weight, before)
     assert model.base_model.config.tie_word_embeddings and model.base_model.generation_config.suppress_tokens is None
-    assert len(tokenizer) == 99
+    assert len(tokenizer) == 104
 
 
 def test_engines_are_told_not_to_generate_the_new_words(tmp_path):
@@ -187,9 +189,9 @@ def test_engines_are_told_not_to_generate_the_new_words(tmp_path):
     model.base_model.generation_config.suppress_tokens = [7]
     export = save_as_vocabulary(model, tokenizer, tmp_path / "out")
     settings = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert settings["suppress_tokens"] == [7, 258, 259, 260, 261]
+    assert settings["suppress_tokens"] == [7, 264, 265, 266, 267]
     bias = json.loads((tmp_path / "out" / "logit_bias.json").read_text())
-    assert bias == export.logit_bias == {"258": -100, "259": -100, "260": -100, "261": -100}
+    assert bias == export.logit_bias == {"264": -100, "265": -100, "266": -100, "267": -100}
 
 
 def test_several_prompts_are_chosen_by_their_prefixes(tmp_path):
@@ -208,7 +210,7 @@ def test_several_prompts_are_chosen_by_their_prefixes(tmp_path):
         inputs = words(export.prefixes[name] + TEXT, return_tensors="pt")
         ids = tokenizer(TEXT, return_tensors="pt").input_ids
         with torch.no_grad():
-            found = written(**inputs).logits[..., :257]
+            found = written(**inputs).logits[..., :264]
             if name == "__base__":
                 live = model.base_model(input_ids=ids).logits
             else:
@@ -243,7 +245,7 @@ def test_size_and_room_are_told_before_anything_is_written(tmp_path, caplog):
     written = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert 0 <= written - export.size < 4096, "the header"
     base_size = sum(parameter.nbytes for parameter in model.base_model.parameters())
-    assert export.size == base_size + 258 * 16 * 4 + 2 * P * 16 * 4, "the output layer apart, and the new rows"
+    assert export.size == base_size + 264 * 16 * 4 + 2 * P * 16 * 4, "the output layer apart, and the new rows"
 
 
 def test_a_disk_without_room_is_refused(tmp_path, monkeypatch):
@@ -266,7 +268,7 @@ class ReadsIds(transformers.GPT2LMHeadModel):
 def tiny_bart():
     sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
     return transformers.BartForConditionalGeneration(
-        transformers.BartConfig(vocab_size=258, decoder_attention_heads=2, decoder_start_token_id=2, **sizes)
+        transformers.BartConfig(vocab_size=264, decoder_attention_heads=2, decoder_start_token_id=2, **sizes)
     )
 
 
@@ -274,7 +276,7 @@ def test_architectures_that_cannot_be_right_are_refused_by_name(tmp_path):
     tokenizer = bytes_tokenizer()
     cases = [
         (prompted(tiny_bart()), "BartForConditionalGeneration cannot be given new words: its `final_logits_bias`"),
-        (prompted(ReadsIds(tiny_gpt2(vocab_size=258).config)), "ReadsIds.*gives other logits"),
+        (prompted(ReadsIds(tiny_gpt2(vocab_size=264).config)), "ReadsIds.*gives other logits"),
         (prompted(tiny_bert("TokenClassification"), "TOKEN_CLS"), "task_type='TOKEN_CLS'"),
     ]
     for model, message in cases:

@@ -35,7 +35,7 @@ tokenizer = characters_behind_a_space()
 
 def model(rows, weight):
     config = make_config(task_type="CAUSAL_LM", num_virtual_tokens=rows)
-    model = get_peft_model(tiny_llama(vocab_size=99), config).eval()
+    model = get_peft_model(tiny_llama(vocab_size=104), config).eval()
     torch.nn.init.constant_(model.prompt_encoder["default"].embedding.weight, weight)
     return model
 
