@@ -86,7 +86,13 @@ def _run_prompt(base_model: Any, prompt: Tensor) -> list[Tensor]:
     from transformers import DynamicCache
 
     cache = DynamicCache()  # without a config: layers with a window keep all of the prompt too
-    base_model(inputs_embeds=_as_input(base_model, prompt), past_key_values=cache, use_cache=True)
+    try:
+        base_model(inputs_embeds=_as_input(base_model, prompt), past_key_values=cache, use_cache=True)
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # a model with a cache of its own kind
+        raise ValueError(
+            f"{type(base_model).__name__} does not leave its keys and values in transformers' cache ({error}), as a "
+            "prefix tuning adapter needs it. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
+        ) from error
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     tensors = [state for state in states if isinstance(state, Tensor)]
     shapes = {tuple(tensor.shape) for tensor in tensors}

@@ -103,7 +103,7 @@ def save_as_vocabulary(
         raise ValueError("`adapter_names` is empty. Name at least one adapter.")
     prompts = {name: _prompt(model, name) for name in adapter_names}
     base_model = model.get_base_model()
-    _check_base(base_model)
+    _check_base(base_model, tokenizer)
     new_tokenizer, token_ids = _add_tokens(tokenizer, prompts, token_format)
     prefixes = _find_prefixes(tokenizer, new_tokenizer, token_ids)
     state, config, generation_config = _extend(base_model, prompts, token_ids)
@@ -141,7 +141,7 @@ def _prompt(model: PeftModel, adapter_name: str) -> Tensor:
     return get_prompt_tensor(model, adapter_name)[: config.num_virtual_tokens]
 
 
-def _check_base(base_model: Any) -> None:
+def _check_base(base_model: Any, tokenizer: Any) -> None:
     name = type(base_model).__name__
     if getattr(base_model, "is_quantized", False) or any(p.device.type == "meta" for p in base_model.parameters()):
         raise ValueError(f"{name} is quantized or offloaded. Load it whole and without quantization to export it.")
@@ -150,6 +150,12 @@ def _check_base(base_model: Any) -> None:
         raise ValueError(
             f"{name} has no pair of an embedding table and an output layer that new words could be added to. Use "
             "`save_as_prompt_tuning`."
+        )
+    highest, rows = max(max(tokenizer(probe).input_ids) for probe in PROBES), base_model.get_input_embeddings().weight
+    if highest >= len(rows):
+        raise ValueError(
+            f"`tokenizer` gives ids up to {highest}, and {name} has {len(rows)} rows of embeddings. Pass the base "
+            "model's own tokenizer."
         )
 
 

@@ -224,6 +224,7 @@ def test_models_whose_prompt_is_no_prefix_are_refused_by_name(tmp_path):
         (tiny("Llama", rope_parameters=scaled), "LlamaForCausalLM has rotary positions of type 'dynamic'"),
         (mla, "DeepseekV3ForCausalLM leaves 4 keys and values of shapes"),
         (tiny("Mamba", state_size=4), "MambaForCausalLM leaves 0 keys and values"),
+        (tiny("Qwen3Next", num_experts=0, head_dim=8), "Qwen3NextForCausalLM does not leave its keys and values"),
         (LooksAtTheWholeText(tiny("Llama").config).eval(), "LooksAtTheWholeText computes other logits"),
     ]
     for base, message in cases:

@@ -301,6 +301,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         (save(token_format="<{number}>"), r"may hold `\{i\}` and `\{name\}` only"),
         (save(token_format="{"), "only"),
         (save(model.base_model), "must be a PeftModel"),
+        (save(prompted(tiny_gpt2(vocab_size=64))), r"ids up to \d+, and GPT2LMHeadModel has 64 rows"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

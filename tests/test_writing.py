@@ -73,7 +73,7 @@ for trial, (name, (write, models)) in zip(range(50), itertools.cycle(WRITERS.ite
             write(model, out)
             os.write(writing_end, b".")
     os.read(reading, 1)  # one is there: from now on there is always one
-    time.sleep(moments.uniform(0, 2 * SECONDS[name]))
+    time.sleep(moments.uniform(0, SECONDS[name]))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     os.close(reading), os.close(writing_end)
