@@ -140,9 +140,10 @@ def save_prompt_tensor(
         raise ValueError(f"`out`={str(out)!r} must end in one of {sorted(_TENSOR_WRITERS)}, which name the format.")
     if isinstance(model_or_adapter_folder, PeftModel):
         prompt = get_prompt_tensor(model_or_adapter_folder, adapter_name)
+        rows = model_or_adapter_folder.peft_config[adapter_name].num_virtual_tokens
     else:
-        prompt, rows_of_encoder = checkpoint.read_prompt(model_or_adapter_folder)
-        prompt = prompt[:rows_of_encoder]
+        prompt, rows = checkpoint.read_prompt(model_or_adapter_folder)
+    prompt = prompt[:rows]  # PEFT keeps a second set for the decoder, which sees none of it
     with writing.new_file(out, overwrite=overwrite) as path:
         # A copy of its own: torch would write the whole storage of a view.
         _TENSOR_WRITERS[out.suffix](prompt.float().contiguous().clone(), path)

@@ -184,6 +184,16 @@ def test_prompt_is_saved_as_a_file_from_a_model_or_a_folder(suffix, read, tmp_pa
         assert torch.equal(read_prompt(out)[0], read(out)), "a later prompt can start from it"
 
 
+def test_rows_that_no_model_sees_are_left_out(tmp_path):
+    config = PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=50)
+    model = get_peft_model(tiny_t5(), config)  # which has 50 more rows for the decoder
+    model.save_pretrained(tmp_path / "plain")
+    for source, name in ((model, "model.pt"), (tmp_path / "plain", "folder.pt")):
+        out = save_prompt_tensor(source, tmp_path / name)
+        assert torch.equal(read_pt(out), get_prompt_tensor(model)[:50])
+        assert out.stat().st_size < 50 * 16 * 4 + 2048, "nor are they in the file"
+
+
 def test_prompt_files_are_replaced_only_when_told_to(tmp_path):
     model = T5.model()
     out = save_prompt_tensor(model, tmp_path / "prompt.npy")
