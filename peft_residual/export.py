@@ -33,7 +33,7 @@ def get_prompt_tensor(model: PeftModel, adapter_name: str = "default") -> Tensor
     Raises:
         ValueError: If there is no such adapter, or it is of another kind.
     """
-    check_adapter(model, adapter_name, PromptTuningConfig)
+    require_adapter(model, adapter_name, PromptTuningConfig)
     return model.get_prompt_embedding_to_save(adapter_name)
 
 
@@ -50,7 +50,7 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
     Raises:
         ValueError: If there is no such adapter, or it is no residual adapter.
     """
-    check_adapter(model, adapter_name, ResidualPromptTuningConfig)
+    require_adapter(model, adapter_name, ResidualPromptTuningConfig)
     encoder = model.prompt_encoder[adapter_name]
     plain_config = to_prompt_tuning_config(model.peft_config[adapter_name])
     prompt = get_prompt_tensor(model, adapter_name)
@@ -100,7 +100,7 @@ def save_as_prompt_tuning(
     """
     if isinstance(model_or_adapter_folder, PeftModel):
         model = model_or_adapter_folder
-        check_adapter(model, adapter_name, ResidualPromptTuningConfig)
+        require_adapter(model, adapter_name, ResidualPromptTuningConfig)
         config = model.peft_config[adapter_name]
         tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     else:
@@ -186,7 +186,7 @@ def write_adapter(
     return out
 
 
-def check_adapter(model: Any, adapter_name: str, config_class: type[PromptTuningConfig]) -> None:
+def require_adapter(model: Any, adapter_name: str, config_class: type[PromptTuningConfig]) -> None:
     """Raise a `ValueError` unless the model has such an adapter, of this kind."""
     if not isinstance(model, PeftModel):
         raise ValueError(f"`model` must be a PeftModel, got {type(model).__name__}. Unwrap it first.")

@@ -12,7 +12,7 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from torch import Tensor
 
 from . import checkpoint
-from .export import check_adapter, evaluating, get_prompt_tensor, is_close, write_adapter
+from .export import evaluating, get_prompt_tensor, is_close, require_adapter, write_adapter
 
 
 PROBE_LENGTH = 8
@@ -46,7 +46,7 @@ def save_as_prefix_tuning(
             PEFT's prefix: they differ in shape from layer to layer, depend on the length of the text, or are none.
         FileExistsError: If `out` exists and `overwrite` is False, or it is no adapter's folder.
     """
-    check_adapter(model, adapter_name, PromptTuningConfig)
+    require_adapter(model, adapter_name, PromptTuningConfig)
     config = model.peft_config[adapter_name]
     if config.task_type != "CAUSAL_LM":
         raise ValueError(

@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
-from .export import check_adapter, get_prompt_tensor
+from .export import get_prompt_tensor, require_adapter
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_na
     Raises:
         ValueError: If there is no such prompt, or the model is no causal language model.
     """
-    check_adapter(model, adapter_name, PromptTuningConfig)
+    require_adapter(model, adapter_name, PromptTuningConfig)
     task_type = model.peft_config[adapter_name].task_type
     if task_type != "CAUSAL_LM":
         raise ValueError(

@@ -16,7 +16,7 @@ from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
 from . import writing
-from .export import check_adapter, evaluating, get_prompt_tensor, is_close
+from .export import evaluating, get_prompt_tensor, is_close, require_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def save_as_vocabulary(
 
 
 def _prompt(model: PeftModel, adapter_name: str) -> Tensor:
-    check_adapter(model, adapter_name, PromptTuningConfig)
+    require_adapter(model, adapter_name, PromptTuningConfig)
     config = model.peft_config[adapter_name]
     if config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise ValueError(
