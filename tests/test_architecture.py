@@ -28,9 +28,10 @@ MAY_IMPORT = {
     "initialization": {"registry", "config", "checkpoint"},
     "encoder": {"config", "checkpoint", "reparameterization", "initialization"},
     "modeling": {"config"},
-    "registration": {"checkpoint", "config", "encoder", "modeling"},
+    "validation": {"registry", "config", "checkpoint", "reparameterization", "encoder"},
+    "registration": {"checkpoint", "config", "encoder", "modeling", "validation"},
     "optimization": {"encoder"},
-    "export": {"checkpoint", "config"},
+    "export": {"checkpoint", "config", "validation"},
     "__init__": {
         "compat",
         "config",
