@@ -151,7 +151,10 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
                 f"`{folder}` holds {WEIGHTS_NAME}, a pickle, and no {filename}. Pickles are not read, they can run "
                 "code. Save the adapter again with `safe_serialization=True` (the default)."
             )
-        raise ValueError(f"`{folder}` has no {filename}: it is no adapter's folder, or one that was half written.")
+        raise ValueError(
+            f"`{folder}` has no {filename}: it is no adapter's folder, or half of one. Check the path, or save or "
+            "download the adapter again."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
@@ -173,14 +176,17 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise ValueError(f"`{path}` does not exist. Check the path.")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = file.metadata() or {"format": "pt"}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"`{path}` is damaged or not a safetensors file ({error}). Save or download it again."
         ) from error
-    if metadata.get("format", "pt") != "pt":
-        raise ValueError(f"`{path}` holds tensors of format {metadata['format']!r}, expected 'pt' (PyTorch).")
+    if metadata.get("format") != "pt":
+        raise ValueError(
+            f"`{path}` holds tensors of format {metadata.get('format')!r}, expected 'pt' (PyTorch). Save or download the "
+            "adapter again."
+        )
     return tensors
 
 
@@ -195,7 +201,10 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` is damaged: not JSON ({error}). Save or download the adapter again.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"`{path}` is damaged: expected a JSON object, found {type(values).__name__}.")
+        raise ValueError(
+            f"`{path}` is damaged: expected a JSON object, found {type(values).__name__}. Save or download the "
+            "adapter again."
+        )
     return values
 
 
@@ -203,7 +212,8 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object; of a key that stands twice, readers differ in which value they take."""
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError(f"a key stands twice among {sorted(key for key, _ in pairs)}")
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"these keys stand twice: {sorted({key for key in keys if keys.count(key) > 1})}")
     return values
 
 

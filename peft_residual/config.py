@@ -316,8 +316,7 @@ def check_types(config_class: type[PromptTuningConfig], values: Mapping[str, Any
         name, hint = config_field.name, hints[config_field.name]
         value = values.get(name, config_field.default)
         if not (value is None and config_field.default is None) and not _has_type(value, hint):
-            expected = hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
-            raise ValueError(f"`{name}` must be of type {expected}, got {value!r}.")
+            raise ValueError(f"`{name}` must be of type {_type_name(hint)}, got {value!r}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:
@@ -329,6 +328,14 @@ def _has_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_type_name, get_args(hint)))
+    if get_origin(hint) is list:
+        return f"list of {_type_name(get_args(hint)[0])}"
+    return "None" if hint is type(None) else str(hint.__name__)
 
 
 BUILT_IN_INITIALIZATIONS = ("COMMON_VOCAB", "SAMPLE_VOCAB", "RANDOM", "TEXT", "CLASS_LABELS", "PROMPT")

@@ -264,5 +264,5 @@ def check_projection(
     raise ValueError(
         "The checkpoint's raw prompt and network do not give its own projected prompt under this config: the "
         f"checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with the "
-        "checkpoint's `adapter_config.json`."
+        "checkpoint's `adapter_config.json`, or save or download the adapter again."
     )

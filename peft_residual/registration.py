@@ -162,17 +162,18 @@ def _load_adapter(
     if not _is_residual(model, model_id, adapter_name, kwargs):
         return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
     config, tensors = validation.read_adapter(model_id, model.peft_config.get(adapter_name), **_hub_kwargs(kwargs))
-    _check_modules_to_save(model, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
-    if not is_new:
-        return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-    # PEFT refuses to load a prompt for training. Loading it for inference does not need what the prompt started from.
-    with _loading_adapter(model, keep_modes=is_trainable):
-        try:
-            result = original(model, model_id, adapter_name, False, *args, **kwargs)
-        except Exception:
-            if adapter_name in model.peft_config:
-                model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
-            raise
+    with validation.naming(model_id):
+        _check_modules_to_save(model, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
+        if not is_new:
+            return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        # PEFT refuses to load a prompt for training. Loading it for inference does not need what it started from.
+        with _loading_adapter(model, keep_modes=is_trainable):
+            try:
+                result = original(model, model_id, adapter_name, False, *args, **kwargs)
+            except Exception:
+                if adapter_name in model.peft_config:
+                    model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
+                raise
     if is_trainable:
         model.peft_config[adapter_name].inference_mode = False
         if adapter_name == model.active_adapter:
@@ -200,7 +201,7 @@ def _from_pretrained(
         return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
     validation.read_adapter(model_id, config, **hub_kwargs)  # before a model is touched
     config = copy.deepcopy(config)  # PEFT switches the config to inference: not the one of a live model
-    with _loading_adapter(model, keep_modes=is_trainable):
+    with validation.naming(model_id), _loading_adapter(model, keep_modes=is_trainable):
         peft_model = original(cls, model, model_id, adapter_name, False, config, *args, **kwargs)
     if is_trainable:
         peft_model.training = True

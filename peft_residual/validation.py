@@ -13,6 +13,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ _CONFIG_CLASSES: dict[str, type[PromptTuningConfig]] = {
     "PROMPT_TUNING": PromptTuningConfig,
 }
 # How models name the tables that PEFT saves along when tokens were added to the vocabulary.
-_EMBEDDING_TABLE = re.compile(r"base_model\.([^/\\]+\.)?(\w*embed\w*|shared|wte|lm_head)\.weight")
+_EMBEDDING_TABLE = re.compile(r"base_model\.(.+\.)?(\w*embed\w*|shared|wte|lm_head)\.weight")
 
 
 def is_residual(source: str | os.PathLike[str], **hub_kwargs: Any) -> bool:
@@ -77,10 +78,8 @@ def read_adapter(
         config = read_adapter_config(source, **hub_kwargs)
     path = checkpoint.locate(source, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs)
     tensors = checkpoint.read_tensors(path)
-    try:
+    with naming(path):
         check_tensors(config, tensors)
-    except ValueError as error:
-        raise ValueError(f"`{path}` does not hold what its adapter needs. {error}") from error
     return config, tensors
 
 
@@ -91,14 +90,20 @@ def read_adapter_config(source: str | os.PathLike[str], **hub_kwargs: Any) -> Pr
         ValueError: If it is missing or damaged, or describes an adapter of another kind; names the file.
     """
     path = checkpoint.locate(source, CONFIG_NAME, **hub_kwargs)
+    values = checkpoint.read_config(path)
+    with naming(path):
+        return _parse_config(values)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put the name of the file or folder in front of errors that do not say which it is."""
     try:
-        return _parse_config(checkpoint.read_config(path))
+        yield
     except ValueError as error:
         if str(path) in str(error):
             raise
-        raise ValueError(
-            f"`{path}` is damaged or not a prompt's. {error} Save or download the adapter again."
-        ) from error
+        raise ValueError(f"`{path}` is damaged or does not fit. {error}") from error
 
 
 def _parse_config(values: Mapping[str, Any]) -> PromptTuningConfig:
@@ -133,14 +138,14 @@ def check_tensors(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) -> 
     if tuple(prompt.shape) != (rows, width) or not prompt.numel() or not prompt.is_floating_point():
         raise ValueError(
             f"`{checkpoint.PROMPT_KEY}`: expected [{rows}, {width}] floating-point numbers (`num_virtual_tokens`, "
-            f"`token_dim`), found {list(prompt.shape)} of type {prompt.dtype}. Config and weights are of two adapters, "
+            f"`token_dim`), found {list(prompt.shape)} of type {prompt.dtype}. Config and weights are of two adapters "
             "or damaged: save or download the adapter again."
         )
     broken = [key for key, t in tensors.items() if t.is_floating_point() and not t.float().isfinite().all()]
     if broken:
         raise ValueError(
             f"NaN or infinite numbers in {', '.join(sorted(broken))}. The training diverged before the adapter was "
-            "saved, or the file is damaged: use an earlier checkpoint."
+            "saved, or the file is damaged. Use an earlier checkpoint."
         )
 
 
@@ -258,8 +263,9 @@ def check_adapter(source: str | os.PathLike[str], **hub_kwargs: Any) -> AdapterR
         sizes[SAFETENSORS_WEIGHTS_NAME] = path.stat().st_size
         tensors = checkpoint.read_tensors(path)
         if config is not None:
-            _, tensors = read_adapter(source, config, **hub_kwargs)
-            _check_agreement(config, tensors)
+            with naming(path):
+                check_tensors(config, tensors)
+                _check_agreement(config, tensors)
     except (ValueError, OSError) as error:
         findings.append(str(error))
     return AdapterReport(
@@ -281,8 +287,10 @@ def _check_agreement(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) 
     else:
         others = {key: tensor for key, tensor in tensors.items() if key != checkpoint.PROMPT_KEY}
     modules = config.modules_to_save
-    accounted = keys_of_modules(others, modules)
-    unknown = [key for key in others if key not in accounted and not _EMBEDDING_TABLE.fullmatch(key)]
+    named = [key for key in others if key.startswith("base_model.") and not set(key) & set("/\\")]
+    accounted = keys_of_modules(named, modules)
+    tables = [key for key in named if _EMBEDDING_TABLE.fullmatch(key)]
+    unknown = others.keys() - {*accounted, *tables}
     if unknown:
         raise ValueError(
             f"The weights hold {sorted(unknown)}, which neither the prompt nor `modules_to_save`={modules} accounts "

@@ -1,12 +1,12 @@
 """Ways to damage a saved adapter: each takes a whole folder and a seeded generator, and leaves one that is not whole.
 
-What happens to leave a whole adapter (a bit flipped in the last digit of a weight, say) is not damage and not made here.
+What happens to leave a whole adapter (a bit flipped in the last digit of a weight, say) is not damage, and not made
+here. Nor is a head of another shape, which only the base model can tell.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import random
 import struct
@@ -22,12 +22,19 @@ CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "a
 
 Damage = Callable[[Path, random.Random], None]
 WAYS: list[Damage] = []
+ONLY_RESIDUAL: set[Damage] = set()
 
 
 def way(function: Damage) -> Damage:
-    """Add a way to damage an adapter."""
+    """Add a way to damage an adapter, residual or merged."""
     WAYS.append(function)
     return function
+
+
+def way_for_residual(function: Damage) -> Damage:
+    """Add a way that leaves a merged adapter as good as it was."""
+    ONLY_RESIDUAL.add(function)
+    return way(function)
 
 
 class Bomb:
@@ -146,7 +153,7 @@ def header_that_points_elsewhere(folder, rng):
 @way
 def other_shape(folder, rng):
     def change(tensors):
-        key = rng.choice(sorted(tensors))
+        key = rng.choice([key for key in sorted(tensors) if "classifier" not in key])
         tensor = tensors[key]
         shapes = [tensor.new_ones(3), tensor.new_ones(0), tensor.new_ones(7, 7), tensor.new_ones(2, 2, 2)]
         tensors[key] = rng.choice([new for new in shapes if new.shape != tensor.shape])
@@ -193,7 +200,9 @@ def renamed_tensor(folder, rng):
     def change(tensors):
         keys = [key for key in sorted(tensors) if not key.endswith("classifier.bias")]
         key = rng.choice(keys)
-        tensors[rng.choice(("../../" + key, "/etc/" + key, key + "/..", key.replace("e", "\\"), ""))] = tensors.pop(key)
+        tensors[rng.choice(("../../" + key, "/etc/" + key, key + "/..", key.replace("e", "\\"), ""))] = tensors.pop(
+            key
+        )
 
     change_tensors(folder, change)
 
@@ -225,28 +234,160 @@ def version_of_the_future(folder, rng):
 
 # --- the config -----------------------------------------------------------------------------------------------------
 
-# Values of every JSON type; a field is given those that are not of its own type.
-JSON_VALUES = [None, True, -3, 2.5, "zz", [], [1], [None], {"a": 1}]
-# Fields of which any text is a right value, or any number, or None.
-RIGHT = {
-    "base_model_name_or_path": (str, type(None)),
-    "revision": (str, type(None)),
-    "peft_version": (str, type(None)),
-    "tokenizer_name_or_path": (str, type(None)),
-    "inference_mode": (bool,),
-    "num_layers": (int, type(None)),
-    "num_attention_heads": (int, type(None)),
-    "num_transformer_submodules": (type(None),),
-    "token_dim": (type(None),),
-    "prompt_tuning_init_text": (type(None),),
-    "prompt_tuning_init_class_labels": (type(None), list),
-    "prompt_tuning_init_token_ids": (type(None),),
-    "prompt_tuning_init_state_dict_path": (type(None),),
-    "prompt_tuning_init_seed": (type(None),),
-    "tokenizer_kwargs": (type(None),),
-    "auto_mapping": (type(None),),
-    "encoder_shared": (bool,),
-    "encoder_residual": (bool,),
+# What JSON may hold for each field, stated again and apart from the package.
+TEXT, INTEGER, NOTHING = (str,), (int,), (type(None),)
+JSON_TYPES = {
+    "auto_mapping": NOTHING,
+    "base_model_name_or_path": TEXT + NOTHING,
+    "encoder_activation": TEXT,
+    "encoder_dropout": (float, int),
+    "encoder_hidden_size": INTEGER,
     "encoder_layer_norm": (bool,),
-    "modules_to_save": (type(None),),
+    "encoder_num_attention_heads": INTEGER,
+    "encoder_reparameterization_type": TEXT,
+    "encoder_residual": (bool,),
+    "encoder_shared": (bool,),
+    "inference_mode": (bool,),
+    "init_vocab_size": INTEGER,
+    "modules_to_save": (list, type(None)),
+    "num_attention_heads": INTEGER + NOTHING,
+    "num_layers": INTEGER + NOTHING,
+    "num_transformer_submodules": INTEGER + NOTHING,
+    "num_virtual_tokens": INTEGER,
+    "peft_type": TEXT,
+    "peft_version": TEXT + NOTHING,
+    "prompt_tuning_init": TEXT,
+    "prompt_tuning_init_class_labels": (list, type(None)),
+    "prompt_tuning_init_seed": INTEGER + NOTHING,
+    "prompt_tuning_init_state_dict_path": TEXT + NOTHING,
+    "prompt_tuning_init_text": TEXT + NOTHING,
+    "prompt_tuning_init_token_ids": (list, type(None)),
+    "revision": TEXT + NOTHING,
+    "task_type": TEXT,
+    "token_dim": INTEGER + NOTHING,
+    "tokenizer_kwargs": (dict, type(None)),
+    "tokenizer_name_or_path": TEXT + NOTHING,
 }
+
+
+@way
+def wrong_json_type(folder, rng):
+    field = rng.choice(sorted(read_config(folder)))
+    wrong = [value for value in (None, True, 3, 2.5, "zz", [1], {"a": 1}) if type(value) not in JSON_TYPES[field]]
+    if field == "task_type" and "encoder_shared" not in read_config(folder):
+        wrong.remove(None)  # which PEFT's own prompt tuning allows
+    write_config(folder, **{field: rng.choice(wrong)})
+
+
+@way
+def wrong_items(folder, rng):
+    write_config(folder, modules_to_save=rng.choice(([1], [None], ["classifier", ["x"]], ["classifier", 2.5])))
+
+
+@way
+def unknown_name(folder, rng):
+    fields = ["peft_type", "task_type", "prompt_tuning_init"]
+    if "encoder_shared" in read_config(folder):
+        fields += ["encoder_reparameterization_type", "encoder_activation"]
+    write_config(folder, **{rng.choice(fields): rng.choice(("MAGIC", "", "../../x", "os.system", "mlp1", "\ud800"))})
+
+
+@way
+def size_that_the_weights_do_not_have(folder, rng):
+    """From off by one to more than any memory."""
+    fields = ["num_virtual_tokens", "token_dim"]
+    if "encoder_shared" in read_config(folder):
+        fields.append("encoder_hidden_size")
+    field = rng.choice(fields)
+    right = read_config(folder)[field]
+    write_config(folder, **{field: rng.choice((right + 1, right - 1, 0, -right, 10**9, 2**31, 2**40, 10**30))})
+
+
+@way_for_residual
+def setting_that_the_weights_contradict(folder, rng):
+    changes = [
+        {"encoder_residual": False},
+        {"encoder_layer_norm": False},
+        {"encoder_shared": False},
+        {"encoder_activation": "tanh"},
+        {"encoder_reparameterization_type": "MLP2"},
+        {"encoder_reparameterization_type": "TRANSFORMER"},
+        {"num_transformer_submodules": 2},
+    ]
+    write_config(folder, **rng.choice(changes))
+
+
+@way_for_residual
+def value_out_of_range(folder, rng):
+    changes = [
+        {"encoder_dropout": rng.choice((-0.1, 1.0, float("nan"), float("inf")))},
+        {"encoder_num_attention_heads": 0},
+        {"num_transformer_submodules": 3},
+        {"init_vocab_size": -1},
+        {"prompt_tuning_init_seed": 2**64},
+        {"prompt_tuning_init_token_ids": [1, -2]},
+        {"prompt_tuning_init_class_labels": ["good", ""]},
+        {"prompt_tuning_init": "PROMPT"},
+        {"prompt_tuning_init_state_dict_path": "../../x"},
+    ]
+    write_config(folder, **rng.choice(changes))
+
+
+@way
+def code_of_the_tokenizers(folder, rng):
+    write_config(folder, tokenizer_kwargs={"trust_remote_code": True}, tokenizer_name_or_path="../../x")
+
+
+@way_for_residual
+def code_to_import(folder, rng):
+    write_config(folder, auto_mapping={"base_model_class": "system", "parent_library": "os"})
+
+
+@way
+def other_json(folder, rng):
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(
+        rng.choice(
+            (
+                "[]",
+                "null",
+                f"[{text}]",
+                json.dumps(text),
+                text.replace('"', "'"),
+                text + "}",
+                text.replace(":", ":" + "[" * 100_000, 1),
+                "[" * 100_000 + "]" * 100_000,
+                text.replace("{", '{"num_virtual_tokens": ' + "9" * 5000 + ",", 1),
+                "\ufeff" + text,
+            )
+        )
+    )
+
+
+@way
+def key_that_stands_twice(folder, rng):
+    key = rng.choice(sorted(read_config(folder)))
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace("{", "{" + f'"{key}": null, ', 1))
+
+
+# --- pickles --------------------------------------------------------------------------------------------------------
+
+
+@way
+def pickle_under_another_name(folder, rng):
+    bomb = {"prompt_embeddings": Bomb(folder.parent / "executed")}
+    path = folder / rng.choice((CONFIG, WEIGHTS))
+    rng.choice((lambda: torch.save(bomb, path), lambda: path.write_bytes(pickle.dumps(bomb))))()
+
+
+@way
+def pickle_in_place_of_the_weights(folder, rng):
+    (folder / WEIGHTS).unlink()
+    torch.save({"prompt_embeddings": Bomb(folder.parent / "executed")}, folder / PICKLE)
+
+
+@way
+def pickle_beside_damaged_weights(folder, rng):
+    truncated_weights(folder, rng)
+    torch.save({"prompt_embeddings": Bomb(folder.parent / "executed")}, folder / PICKLE)
