@@ -13,9 +13,12 @@ from .config import ResidualPromptTuningConfig  # noqa: E402
 from .encoder import ResidualPromptEncoder  # noqa: E402
 from .export import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning  # noqa: E402
 from .initialization import most_common_token_ids, register_initialization  # noqa: E402
+from .inspection import inspect_prompt, nearest_tokens  # noqa: E402
 from .optimization import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout  # noqa: E402
+from .plotting import plot_map, plot_norms, plot_prompt, plot_similarity  # noqa: E402
 from .registration import register  # noqa: E402
 from .reparameterization import register_reparameterization  # noqa: E402
+from .validation import check_adapter  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -24,11 +27,18 @@ __all__ = [
     "ResidualOptimizerFactory",
     "ResidualPromptEncoder",
     "ResidualPromptTuningConfig",
+    "check_adapter",
     "convert_to_prompt_tuning",
     "create_residual_optimizer",
     "disable_base_dropout",
     "get_prompt_tensor",
+    "inspect_prompt",
     "most_common_token_ids",
+    "nearest_tokens",
+    "plot_map",
+    "plot_norms",
+    "plot_prompt",
+    "plot_similarity",
     "register_initialization",
     "register_reparameterization",
     "save_as_prompt_tuning",

@@ -184,8 +184,8 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ) from error
     if metadata.get("format") != "pt":
         raise ValueError(
-            f"`{path}` holds tensors of format {metadata.get('format')!r}, expected 'pt' (PyTorch). Save or download the "
-            "adapter again."
+            f"`{path}` holds tensors of format {metadata.get('format')!r}, expected 'pt' (PyTorch). Save or download "
+            "the adapter again."
         )
     return tensors
 

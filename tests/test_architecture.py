@@ -32,15 +32,22 @@ MAY_IMPORT = {
     "registration": {"checkpoint", "config", "encoder", "modeling", "validation"},
     "optimization": {"encoder"},
     "export": {"checkpoint", "config", "validation"},
+    "inspection": {"checkpoint", "config", "encoder", "export", "initialization", "validation"},
+    "plotting": {"inspection"},
+    "cli": {"export", "inspection", "plotting", "validation"},
+    "__main__": {"cli"},
     "__init__": {
         "compat",
         "config",
         "encoder",
         "export",
         "initialization",
+        "inspection",
         "optimization",
+        "plotting",
         "registration",
         "reparameterization",
+        "validation",
     },
 }
 # What may be imported when a module is; anything else only inside the function that needs it.
