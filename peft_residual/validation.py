@@ -245,6 +245,9 @@ def check_adapter(source: str | os.PathLike[str], **hub_kwargs: Any) -> AdapterR
 
     Returns:
         [`AdapterReport`]: Whether it is whole, what it is, and what is wrong with it.
+
+    Raises:
+        Nothing: what cannot be read is a finding.
     """
     findings: list[str] = []
     values: dict[str, Any] = {}

@@ -66,8 +66,10 @@ def imports(node):
 
 
 def at_import(tree):
-    """The statements that run when a module is imported: not the bodies of functions."""
+    """The statements that run when a module is imported: not functions' bodies, nor what is for type checkers."""
     for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.ClassDef):
             yield from at_import(node)
         elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For)):
