@@ -159,6 +159,7 @@ def _add_adapter(parser: ArgumentParser) -> None:
 def _load_model(adapter: str, name: str) -> tuple[PeftModel, Any]:
     """The adapter on its base model, and the base model's tokenizer or None."""
     import transformers
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -167,11 +168,11 @@ def _load_model(adapter: str, name: str) -> tuple[PeftModel, Any]:
     base = model_class.from_pretrained(name, trust_remote_code=False)
     # A head of another size than the adapter's does not matter for looking at the prompt.
     model = PeftModel.from_pretrained(base, adapter, ignore_mismatched_sizes=True)
-    try:
-        return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (ValueError, OSError) as error:
-        _say(f"no tokenizer, so ids in place of words: {error}")
+    # Without a saved tokenizer transformers makes an empty one up, for some types of model.
+    if not get_tokenizer_config(name):
+        _say(f"`{name}` has no tokenizer, so ids in place of words")
         return model, None
+    return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def _say(message: str) -> None:
