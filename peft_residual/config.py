@@ -314,9 +314,10 @@ def check_types(config_class: type[PromptTuningConfig], values: Mapping[str, Any
     hints = get_type_hints(config_class)
     for config_field in fields(config_class):
         name, hint = config_field.name, hints[config_field.name]
-        value = values.get(name, config_field.default)
-        if not (value is None and config_field.default is None) and not _has_type(value, hint):
-            raise ValueError(f"`{name}` must be of type {_type_name(hint)}, got {value!r}.")
+        if name not in values or (values[name] is None and config_field.default is None):
+            continue
+        if not _has_type(values[name], hint):
+            raise ValueError(f"`{name}` must be of type {_type_name(hint)}, got {values[name]!r}.")
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -225,7 +225,7 @@ def _check_modules_to_save(
     """Refuse weights that the model has no place for, which PEFT would pass over, and a head that has none."""
     named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
     live = {
-        name.replace(".original_module.", "."): list(tensor.shape)
+        name.replace(".original_module.", "."): list(getattr(tensor, "ds_shape", tensor.shape))  # whole under ZeRO-3
         for name, tensor in named
         if name.startswith("base_model.") and ".modules_to_save." not in name
     }

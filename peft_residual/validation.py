@@ -47,13 +47,13 @@ def is_residual(source: str | os.PathLike[str], **hub_kwargs: Any) -> bool:
     """
     try:
         kind = checkpoint.read_config(checkpoint.locate(source, CONFIG_NAME, **hub_kwargs)).get("peft_type")
-    except ValueError:
+    except (ValueError, OSError):
         kind = None
     if isinstance(kind, str) and kind in PEFT_TYPE_TO_CONFIG_MAPPING:
         return kind == PEFT_TYPE_NAME
     try:
         tensors = checkpoint.read_tensors(checkpoint.locate(source, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
-    except ValueError:
+    except (ValueError, OSError):
         return False
     return any(key.startswith(checkpoint.PREFIX) for key in tensors)
 
@@ -274,7 +274,7 @@ def check_adapter(source: str | os.PathLike[str], **hub_kwargs: Any) -> AdapterR
     return AdapterReport(
         source=str(source),
         findings=tuple(dict.fromkeys(findings)),
-        notes=tuple(_notes(source, values, config)),
+        notes=tuple(_notes(Path(source, hub_kwargs.get("subfolder") or ""), values, config)),
         format_version=checkpoint.format_version(tensors),
         shapes={key: list(tensor.shape) for key, tensor in sorted(tensors.items())},
         sizes=sizes,
@@ -312,10 +312,8 @@ def keys_of_modules(keys: Iterable[str], modules: Collection[str] | None) -> lis
     return [key for key in keys if any(key[: dot.start()].endswith(endings) for dot in re.finditer(r"\.", key))]
 
 
-def _notes(
-    source: str | os.PathLike[str], values: Mapping[str, Any], config: PromptTuningConfig | None
-) -> Iterator[str]:
-    if Path(source, WEIGHTS_NAME).exists():
+def _notes(folder: Path, values: Mapping[str, Any], config: PromptTuningConfig | None) -> Iterator[str]:
+    if (folder / WEIGHTS_NAME).exists():
         yield f"{WEIGHTS_NAME} is a pickle, which can run code. It is not read, but other tools may: delete it."
     if config is not None:
         unknown = sorted(values.keys() - {f.name for f in fields(config)})

@@ -11,7 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from damage import JSON_TYPES, ONLY_RESIDUAL, PICKLE, WAYS, Bomb, change_tensors, read_config, write_config
+from damage import (
+    JSON_TYPES,
+    ONLY_RESIDUAL,
+    PICKLE,
+    WAYS,
+    Bomb,
+    change_tensors,
+    header_length,
+    read_config,
+    write_config,
+)
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh
@@ -188,6 +198,40 @@ def test_a_head_of_another_size_can_be_left_out(adapter, whole):
     base = fresh(whole.bases["bert-sequence"])
     model = PeftModel.from_pretrained(base, adapter, ignore_mismatched_sizes=True)
     assert model.base_model.classifier.modules_to_save["default"].weight.shape == (3, 16)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_adapter_whose_head_is_missing_is_not_whole(kind, whole, tmp_path):
+    folder = shutil.copytree(whole.root / "bert-sequence" / kind, tmp_path / "adapter")
+    change_tensors(folder, lambda tensors: [tensors.pop(key) for key in list(tensors) if "classifier" in key])
+    (finding,) = check_adapter(folder).findings
+    assert "nothing of `modules_to_save`=['classifier', 'score']" in finding
+
+
+def test_every_flipped_bit_of_a_header_is_found(whole, tmp_path):
+    """Each bit of the shortest header, the one of a merged prompt."""
+    folder = Path(shutil.copytree(whole.root / "t5" / "merged", tmp_path / "adapter"))
+    weights = folder / "adapter_model.safetensors"
+    data = weights.read_bytes()
+    passed = []
+    for bit in range(8 * (8 + header_length(data))):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        weights.write_bytes(damaged)
+        if check_adapter(folder).is_whole:
+            passed.append((bit, bytes(damaged[8 : bit // 8 + 9])))
+    assert passed == []
+
+
+def test_an_adapter_in_a_subfolder_is_checked_and_loaded_there(adapter, whole):
+    torch.save({}, adapter / PICKLE)
+    report = check_adapter(adapter.parent, subfolder="adapter")
+    assert report.is_whole and report.num_virtual_tokens == 4 and PICKLE in "".join(report.notes)
+    PeftModel.from_pretrained(fresh(whole.bases["bert-sequence"]), adapter.parent, subfolder="adapter")
+    change_tensors(adapter, lambda tensors: tensors["prompt_embeddings"].fill_(float("nan")))
+    assert not check_adapter(adapter.parent, subfolder="adapter").is_whole
+    with pytest.raises(ValueError, match="NaN"):
+        PeftModel.from_pretrained(fresh(whole.bases["bert-sequence"]), adapter.parent, subfolder="adapter")
 
 
 def test_an_embedding_table_that_was_saved_along_belongs_to_the_adapter(adapter, whole):

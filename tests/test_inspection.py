@@ -107,14 +107,17 @@ def test_a_number_of_neighbours_that_cannot_be_is_refused(k, model):
 # --- norms, share, similarity ----------------------------------------------------------------------------------------
 
 
-def test_norms_and_their_ranks_are_those_of_the_formulas(model):
-    report = inspect_prompt(model)
+def test_norms_and_their_ranks_are_those_of_the_formulas():
+    model = get_peft_model(tiny_t5(), make_config(encoder_reparameterization_type="NONE"))
     table = model.word_embeddings.weight.detach()
+    set_raw_prompt(model, torch.stack([table[5], table[6] * 1.01, table[7] * 0, table[8] * 9]))
+    report = inspect_prompt(model)
     torch.testing.assert_close(report.norms, projected_prompt(model).square().sum(1).sqrt())
     torch.testing.assert_close(report.raw_norms, raw_prompt(model).square().sum(1).sqrt())
     torch.testing.assert_close(report.vocabulary_norms, table.square().sum(1).sqrt().sort().values)
     shorter = [(table.norm(dim=1) < norm).float().mean().item() for norm in report.norms]
     assert report.norm_ranks.tolist() == pytest.approx(shorter)
+    assert 0 < shorter[0] < 1 and shorter[2:] == [0, 1]
 
 
 def test_similarity_is_the_cosine_between_projected_tokens(model):
