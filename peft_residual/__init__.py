@@ -18,12 +18,15 @@ from .export import (  # noqa: E402
     save_prompt_tensor,
 )
 from .initialization import most_common_token_ids, register_initialization  # noqa: E402
+from .inspection import inspect_prompt, nearest_tokens  # noqa: E402
 from .optimization import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout  # noqa: E402
+from .plotting import plot_map, plot_norms, plot_prompt, plot_similarity  # noqa: E402
 from .prefix_tuning import save_as_prefix_tuning  # noqa: E402
 from .registration import register  # noqa: E402
 from .reparameterization import register_reparameterization  # noqa: E402
 from .serving import embed_with_prompt, sglang_request, vllm_request  # noqa: E402
 from .training_setup import TrainingSetupCallback, check_training_setup  # noqa: E402
+from .validation import check_adapter  # noqa: E402
 from .vocabulary import VocabularyExport, save_as_vocabulary  # noqa: E402
 
 
@@ -35,13 +38,20 @@ __all__ = [
     "ResidualPromptTuningConfig",
     "TrainingSetupCallback",
     "VocabularyExport",
+    "check_adapter",
     "check_training_setup",
     "convert_to_prompt_tuning",
     "create_residual_optimizer",
     "disable_base_dropout",
     "embed_with_prompt",
     "get_prompt_tensor",
+    "inspect_prompt",
     "most_common_token_ids",
+    "nearest_tokens",
+    "plot_map",
+    "plot_norms",
+    "plot_prompt",
+    "plot_similarity",
     "register_initialization",
     "register_reparameterization",
     "save_as_prefix_tuning",

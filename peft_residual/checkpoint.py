@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 
@@ -60,11 +59,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], di
     Raises:
         ValueError: If the version is unknown, or a part is missing.
     """
-    if PROMPT_KEY not in tensors:
-        raise ValueError(
-            f"The checkpoint has no `{PROMPT_KEY}`, it holds {sorted(tensors)}. It is not a prompt, or only half of "
-            "one: save the adapter again."
-        )
+    projected = projected_prompt(tensors)
     version = tensors.get(VERSION_KEY)
     if version is not None and (version.numel() != 1 or version.item() != FORMAT_VERSION):
         raise ValueError(
@@ -80,7 +75,29 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], di
     state = {key.removeprefix(PREFIX): tensors[key] for key in tensors if key.startswith(PREFIX)}
     del state[VERSION_KEY.removeprefix(PREFIX)]
     others = {key: tensors[key] for key in tensors if key != PROMPT_KEY and not key.startswith(PREFIX)}
-    return tensors[PROMPT_KEY], state, others
+    return projected, state, others
+
+
+def projected_prompt(tensors: Mapping[str, Tensor]) -> Tensor:
+    """The projected prompt of one adapter's file.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    if PROMPT_KEY not in tensors:
+        raise ValueError(
+            f"The checkpoint has no `{PROMPT_KEY}`, it holds {sorted(tensors)}. It is not a prompt, or only half of "
+            "one: save the adapter again."
+        )
+    return tensors[PROMPT_KEY]
+
+
+def format_version(tensors: Mapping[str, Tensor]) -> int | None:
+    """The version of the layout that one adapter's file says it has; None for a plain prompt's."""
+    version = tensors.get(VERSION_KEY)
+    if version is None or version.numel() != 1 or version.is_floating_point():
+        return None
+    return int(version)
 
 
 def strip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -134,7 +151,10 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
                 f"`{folder}` holds {WEIGHTS_NAME}, a pickle, and no {filename}. Pickles are not read, they can run "
                 "code. Save the adapter again with `safe_serialization=True` (the default)."
             )
-        raise ValueError(f"`{folder}` has no {filename}: it is no adapter's folder, or one that was half written.")
+        raise ValueError(
+            f"`{folder}` has no {filename}: it is no adapter's folder, or half of one. Check the path, or save or "
+            "download the adapter again."
+        )
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
 
@@ -155,11 +175,19 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not os.path.isfile(path):
         raise ValueError(f"`{path}` does not exist. Check the path.")
     try:
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {"format": "pt"}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise ValueError(
             f"`{path}` is damaged or not a safetensors file ({error}). Save or download it again."
         ) from error
+    if metadata.get("format") != "pt":
+        raise ValueError(
+            f"`{path}` holds tensors of format {metadata.get('format')!r}, expected 'pt' (PyTorch). Save or download "
+            "the adapter again."
+        )
+    return tensors
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -169,11 +197,23 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: If it is not a JSON object.
     """
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        values = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"`{path}` is damaged: not JSON ({error}). Save or download the adapter again.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"`{path}` is damaged: expected a JSON object, found {type(values).__name__}.")
+        raise ValueError(
+            f"`{path}` is damaged: expected a JSON object, found {type(values).__name__}. Save or download the "
+            "adapter again."
+        )
+    return values
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that stands twice, readers differ in which value they take."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"these keys stand twice: {sorted({key for key in keys if keys.count(key) > 1})}")
     return values
 
 

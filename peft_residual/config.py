@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional, Union
+from types import UnionType
+from typing import Any, Optional, Union, get_args, get_origin, get_type_hints
 
 from peft import PeftType, PromptTuningConfig, PromptTuningInit, TaskType
 from peft.config import PromptLearningConfig
@@ -121,6 +123,7 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         self._check_peft_fields()
         self._check_network_fields()
         self._check_init_fields()
+        check_types(type(self), vars(self))  # last: the checks above say more
         if self.token_dim is not None:
             self.check_token_dim()
         if self.num_transformer_submodules is None:
@@ -174,6 +177,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
             raise ValueError(
                 f"`task_type` must be one of {', '.join(TaskType)}, got {self.task_type!r}. PEFT puts the prompt in "
                 "front of the input according to the task; without one the prompt would not be used."
+            )
+        if self.auto_mapping is not None:
+            raise ValueError(
+                f"`auto_mapping`={self.auto_mapping!r} names code to import for models without a task, and has no "
+                f"effect with task_type={str(self.task_type)!r}. Leave it out."
             )
         self._check_positive_int("num_virtual_tokens")
         submodules = self.num_transformer_submodules
@@ -254,6 +262,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                 f"`tokenizer_kwargs`={self.tokenizer_kwargs!r} has no effect without `tokenizer_name_or_path`. Set it "
                 "too."
             )
+        if isinstance(self.tokenizer_kwargs, dict) and "trust_remote_code" in self.tokenizer_kwargs:
+            raise ValueError(
+                f"`tokenizer_kwargs`={self.tokenizer_kwargs!r} asks for code of the tokenizer's to be run, which a "
+                "downloaded config must not. Leave `trust_remote_code` out."
+            )
         self._check_init_lists()
 
     def _check_init_lists(self) -> None:
@@ -282,8 +295,48 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
 
     def _check_positive_int(self, name: str) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+            raise ValueError(f"`{name}` must be an integer of at least 1 (and below 2**31), got {value!r}.")
+
+
+def check_types(config_class: type[PromptTuningConfig], values: Mapping[str, Any]) -> None:
+    """Check the types of a config's values, as a JSON file may hold them, against the annotations of its class.
+
+    A field may also hold None where that is its default (PEFT annotates `token_dim` as `int`).
+
+    Args:
+        config_class (`type`): The config class.
+        values (`Mapping[str, Any]`): Values by field; fields without one are passed over.
+
+    Raises:
+        ValueError: If a value has another type than its field.
+    """
+    hints = get_type_hints(config_class)
+    for config_field in fields(config_class):
+        name, hint = config_field.name, hints[config_field.name]
+        if name not in values or (values[name] is None and config_field.default is None):
+            continue
+        if not _has_type(values[name], hint):
+            raise ValueError(f"`{name}` must be of type {_type_name(hint)}, got {values[name]!r}.")
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if get_origin(hint) in (Union, UnionType):
+        return any(_has_type(value, alternative) for alternative in get_args(hint))
+    if get_origin(hint) is list:
+        is_list = isinstance(value, (list, tuple, set))
+        return is_list and all(_has_type(item, get_args(hint)[0]) for item in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _type_name(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(map(_type_name, get_args(hint)))
+    if get_origin(hint) is list:
+        return f"list of {_type_name(get_args(hint)[0])}"
+    return "None" if hint is type(None) else str(hint.__name__)
 
 
 BUILT_IN_INITIALIZATIONS = ("COMMON_VOCAB", "SAMPLE_VOCAB", "RANDOM", "TEXT", "CLASS_LABELS", "PROMPT")

@@ -223,12 +223,18 @@ def project_state(
 
     Returns:
         `torch.Tensor`: `[P, H]`, float32, on the CPU.
+
+    Raises:
+        ValueError: If the state is another network's.
     """
     with _own_random_state(0):  # the weights that the network starts with are replaced on the next lines
         network = build_network(config).eval()
     raw = state[checkpoint.RAW_PROMPT].to("cpu", torch.float32)
     prefix = checkpoint.NETWORK_PREFIX
-    network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    expected = {prefix + leaf: tensor for leaf, tensor in network.state_dict().items()}
+    found = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
+    checkpoint.check_leaves(expected, found)
+    network.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in found.items()})
     live_buffers = dict(live_network.named_buffers()) if live_network is not None else {}
     for name, buffer in network.named_buffers():
         if prefix + name not in state and name in live_buffers:
@@ -264,5 +270,5 @@ def check_projection(
     raise ValueError(
         "The checkpoint's raw prompt and network do not give its own projected prompt under this config: the "
         f"checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with the "
-        "checkpoint's `adapter_config.json`."
+        "checkpoint's `adapter_config.json`, or save or download the adapter again."
     )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import checkpoint, writing
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
+from .validation import read_adapter
 
 
 def get_prompt_tensor(model: PeftModel, adapter_name: str = "default") -> Tensor:
@@ -164,15 +165,13 @@ _TENSOR_WRITERS: dict[str, Callable[[Tensor, Path], None]] = {
 
 
 def _read_folder(folder: str | os.PathLike[str]) -> tuple[ResidualPromptTuningConfig, dict[str, Tensor]]:
-    values = checkpoint.read_config(checkpoint.locate(folder, CONFIG_NAME))
-    if values.get("peft_type") != PEFT_TYPE_NAME:
+    config, tensors = read_adapter(folder)
+    if not isinstance(config, ResidualPromptTuningConfig):
         raise ValueError(
-            f"`{folder}` holds an adapter of type {values.get('peft_type')!r}, expected {PEFT_TYPE_NAME!r}. Only "
+            f"`{folder}` holds an adapter of type {config.peft_type.value!r}, expected {PEFT_TYPE_NAME!r}. Only "
             "residual adapters have a network to merge."
         )
-    tensors = checkpoint.read_tensors(checkpoint.locate(folder, SAFETENSORS_WEIGHTS_NAME))
-    checkpoint.unpack(tensors)
-    return ResidualPromptTuningConfig.from_pretrained(str(folder)), tensors
+    return config, tensors
 
 
 def write_adapter(

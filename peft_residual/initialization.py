@@ -154,20 +154,19 @@ def excluded_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module)
         tokenizer = _tokenizer(config)
         ids.update(tokenizer.all_special_ids)
         ids.update(i for token, i in tokenizer.get_vocab().items() if _UNUSED_TOKEN.fullmatch(token))
-        ids.update(range(len(tokenizer), _num_rows(word_embeddings)))
+        ids.update(range(len(tokenizer), num_rows(word_embeddings)))
     return ids
 
 
-def _num_rows(word_embeddings: nn.Module) -> int:
+def num_rows(word_embeddings: nn.Module) -> int:
+    """Rows of the embedding table, `V`."""
     return int(getattr(word_embeddings, "num_embeddings", 0)) or next(word_embeddings.parameters()).shape[0]
 
 
 def _tokenizer(config: ResidualPromptTuningConfig) -> Any:
     from transformers import AutoTokenizer
 
-    # A config can come with a downloaded adapter: it must not choose to run code.
-    kwargs = {k: v for k, v in (config.tokenizer_kwargs or {}).items() if k != "trust_remote_code"}
-    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **kwargs)
+    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
 
 
 @register_initialization("RANDOM")
@@ -186,7 +185,7 @@ def sample_vocabulary(
     return sample_rows(
         word_embeddings,
         config.total_virtual_tokens,
-        candidates=range(_num_rows(word_embeddings)),
+        candidates=range(num_rows(word_embeddings)),
         exclude_ids=excluded_ids(config, word_embeddings),
         generator=generator,
     )
@@ -207,14 +206,14 @@ def _sample_common(
     count: int,
     taken: Collection[int] = (),
 ) -> Tensor:
-    num_rows = _num_rows(word_embeddings)
+    rows = num_rows(word_embeddings)
     ids = config.prompt_tuning_init_token_ids
-    if ids is not None and max(ids) >= num_rows:
+    if ids is not None and max(ids) >= rows:
         raise ValueError(
-            f"`prompt_tuning_init_token_ids` holds {max(ids)}, but the model's table has {num_rows} rows. Count the "
+            f"`prompt_tuning_init_token_ids` holds {max(ids)}, but the model's table has {rows} rows. Count the "
             "ids with the base model's own tokenizer."
         )
-    common = list(dict.fromkeys(ids)) if ids is not None else range(num_rows)
+    common = list(dict.fromkeys(ids)) if ids is not None else range(rows)
     return sample_rows(
         word_embeddings,
         count,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import os
 import threading
 import warnings
@@ -23,9 +24,9 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.prompt_tuning import PromptEmbedding
 from peft.tuners.tuners_utils import BasePromptEncoder
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, validation
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
 from .encoder import ResidualPromptEncoder
 from .modeling import RESIDUAL_MODEL_CLASSES, ResidualPeftModel
@@ -110,6 +111,11 @@ def _add_adapter(
         original(model, adapter_name, peft_config, *args, **kwargs)
         return
     model_class = _residual_class(type(model))
+    if not adapter_name or set(adapter_name) & set("./\\"):
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} cannot name a module, nor the folder that the adapter is saved to. Use "
+            "a name without dots and slashes."
+        )
     heads = {*(peft_config.modules_to_save or ()), *_HEADS.get(peft_config.task_type, ())}
     if adapter_name in heads:
         raise ValueError(
@@ -157,17 +163,19 @@ def _load_adapter(
     is_new = adapter_name not in model.peft_config
     if not _is_residual(model, model_id, adapter_name, kwargs):
         return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-    _check_file(model_id, kwargs)
-    if not is_new:
-        return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-    # PEFT refuses to load a prompt for training. Loading it for inference does not need what the prompt started from.
-    with _loading_adapter(model, keep_modes=is_trainable):
-        try:
-            result = original(model, model_id, adapter_name, False, *args, **kwargs)
-        except Exception:
-            if adapter_name in model.peft_config:
-                model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
-            raise
+    config, tensors = validation.read_adapter(model_id, model.peft_config.get(adapter_name), **_hub_kwargs(kwargs))
+    with validation.naming(model_id):
+        _check_modules_to_save(model, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
+        if not is_new:
+            return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        # PEFT refuses to load a prompt for training. Loading it for inference does not need what it started from.
+        with _loading_adapter(model, keep_modes=is_trainable):
+            try:
+                result = original(model, model_id, adapter_name, False, *args, **kwargs)
+            except Exception:
+                if adapter_name in model.peft_config:
+                    model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
+                raise
     if is_trainable:
         model.peft_config[adapter_name].inference_mode = False
         if adapter_name == model.active_adapter:
@@ -188,14 +196,14 @@ def _from_pretrained(
 ) -> PeftModel:
     hub_kwargs = _hub_kwargs(kwargs)
     if config is None and (is_trainable or os.path.isdir(model_id)):
-        is_residual = PeftConfig._get_peft_type(str(model_id), **hub_kwargs) == PEFT_TYPE_NAME
+        is_residual = validation.is_residual(model_id, **hub_kwargs)
     else:
         is_residual = isinstance(config, ResidualPromptTuningConfig)
     if not is_residual:
         return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
-    _check_file(model_id, kwargs)
+    validation.read_adapter(model_id, config, **hub_kwargs)  # before a model is touched
     config = copy.deepcopy(config)  # PEFT switches the config to inference: not the one of a live model
-    with _loading_adapter(model, keep_modes=is_trainable):
+    with validation.naming(model_id), _loading_adapter(model, keep_modes=is_trainable):
         peft_model = original(cls, model, model_id, adapter_name, False, config, *args, **kwargs)
     if is_trainable:
         peft_model.training = True
@@ -210,13 +218,32 @@ def _is_residual(model: PeftModel, model_id: str | os.PathLike[str], adapter_nam
         return isinstance(model.peft_config[adapter_name], ResidualPromptTuningConfig)
     if model.peft_type != PeftType.PROMPT_TUNING:  # PEFT refuses to mix them
         return False
-    return bool(PeftConfig._get_peft_type(str(model_id), **_hub_kwargs(kwargs)) == PEFT_TYPE_NAME)
+    return validation.is_residual(model_id, **_hub_kwargs(kwargs))
 
 
-def _check_file(model_id: str | os.PathLike[str], kwargs: Any) -> None:
-    """Refuse a missing, pickled, damaged or incomplete weight file before a model is touched."""
-    path = checkpoint.locate(model_id, SAFETENSORS_WEIGHTS_NAME, **_hub_kwargs(kwargs))
-    checkpoint.unpack(checkpoint.read_tensors(path))
+def _check_modules_to_save(
+    model: PeftModel, config: PeftConfig, tensors: dict[str, Tensor], ignore_mismatched_sizes: bool
+) -> None:
+    """Refuse weights that the model has no place for, which PEFT would pass over, and a head that has none."""
+    named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
+    live = {
+        name.replace(".original_module.", "."): list(getattr(tensor, "ds_shape", tensor.shape))  # whole under ZeRO-3
+        for name, tensor in named
+        if name.startswith("base_model.") and ".modules_to_save." not in name
+    }
+    found = {key: list(tensor.shape) for key, tensor in checkpoint.unpack(tensors)[2].items()}
+    needed = validation.keys_of_modules(live, config.modules_to_save)
+    mismatches = [
+        f"  {key}: expected {live.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
+        for key in sorted({*found, *needed})
+        if key not in live or key not in found or (live[key] != found[key] and not ignore_mismatched_sizes)
+    ]
+    if mismatches:
+        raise ValueError(
+            "The checkpoint's modules that were trained along (`modules_to_save`) are not this base model's, or are "
+            "damaged:\n" + "\n".join(mismatches) + "\nUse the base model that the adapter was trained for, with as "
+            "many labels, or save or download the adapter again."
+        )
 
 
 def _hub_kwargs(kwargs: Any) -> dict[str, Any]:

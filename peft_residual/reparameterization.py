@@ -42,9 +42,12 @@ def register_reparameterization(
     return REPARAMETERIZATIONS.add(name, per_token=per_token, unused_fields=unused_fields)
 
 
-def build_network(config: ResidualPromptTuningConfig) -> nn.Module:
-    """Build the network that `config` describes, with fresh weights in float32 from torch's default CPU generator."""
-    with torch.device("cpu"):
+def build_network(config: ResidualPromptTuningConfig, device: str = "cpu") -> nn.Module:
+    """Build the network that `config` describes, with fresh weights in float32 from torch's default CPU generator.
+
+    On the device `"meta"` it has shapes and no numbers, so that no size is too large.
+    """
+    with torch.device(device):
         return REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder(config).float()
 
 

@@ -30,24 +30,32 @@ MAY_IMPORT = {
     "encoder": {"config", "checkpoint", "reparameterization", "initialization"},
     "modeling": {"config", "writing"},
     "optimization": {"encoder"},
-    "registration": {"checkpoint", "config", "encoder", "modeling", "optimization"},
+    "validation": {"registry", "config", "checkpoint", "reparameterization", "encoder"},
+    "registration": {"checkpoint", "config", "encoder", "modeling", "optimization", "validation"},
     "training_setup": {"encoder", "modeling", "optimization"},
-    "export": {"checkpoint", "config", "writing"},
+    "export": {"checkpoint", "config", "validation", "writing"},
     "prefix_tuning": {"checkpoint", "export"},
     "vocabulary": {"export", "writing"},
     "serving": {"export"},
+    "inspection": {"checkpoint", "config", "encoder", "export", "initialization", "validation"},
+    "plotting": {"inspection"},
+    "cli": {"export", "inspection", "plotting", "validation"},
+    "__main__": {"cli"},
     "__init__": {
         "compat",
         "config",
         "encoder",
         "export",
         "initialization",
+        "inspection",
         "optimization",
+        "plotting",
         "prefix_tuning",
         "registration",
         "reparameterization",
-        "training_setup",
         "serving",
+        "training_setup",
+        "validation",
         "vocabulary",
     },
 }
@@ -68,8 +76,10 @@ def imports(node):
 
 
 def at_import(tree):
-    """The statements that run when a module is imported: not the bodies of functions."""
+    """The statements that run when a module is imported: not functions' bodies, nor what is for type checkers."""
     for node in tree.body:
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
         if isinstance(node, ast.ClassDef):
             yield from at_import(node)
         elif isinstance(node, (ast.If, ast.Try, ast.With, ast.For)):

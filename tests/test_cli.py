@@ -1,0 +1,188 @@
+"""The command line: what it prints, its exit codes, and that a mistake is answered in words."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import tiny_bert, tiny_t5
+from peft import PeftModel
+from safetensors.torch import load_file
+from scenarios import SCENARIOS
+
+from peft_residual.cli import COMMANDS, main
+
+
+@pytest.fixture(scope="module")
+def base_folder(tokenizer, tmp_path_factory):
+    """A saved T5 with its tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    tiny_t5().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def adapter(base_folder, tmp_path):
+    """A saved residual adapter that names its base model."""
+    base = type(tiny_t5()).from_pretrained(base_folder)
+    SCENARIOS["t5"].model(base).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line and return (exit code, what it printed, what it complained)."""
+
+    def run(*argv):
+        code = main([str(arg) for arg in argv])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run
+
+
+# --- commands --------------------------------------------------------------------------------------------------------
+
+
+def test_check_says_what_a_whole_adapter_is(run, adapter, base_folder):
+    code, out, _ = run("check", adapter)
+    assert code == 0 and out.startswith(f"{adapter}: whole\n")
+    assert "RESIDUAL_PROMPT_TUNING" in out and "format: 1" in out
+    assert f"base model: {base_folder}" in out and "4 virtual tokens of width 16" in out
+    code, out, _ = run("check", adapter, "--json")
+    values = json.loads(out)
+    assert code == 0 and values["is_whole"] and values["format_version"] == 1 and values["findings"] == []
+    assert values["sizes"]["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").stat().st_size
+
+
+def test_check_of_a_damaged_adapter_says_what_is_wrong_and_returns_1(run, adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    code, out, _ = run("check", adapter)
+    assert code == 1 and "NOT WHOLE" in out and "finding: " in out and "Save or download it again" in out
+    code, out, _ = run("check", adapter, "--json")
+    assert code == 1 and json.loads(out)["is_whole"] is False and len(json.loads(out)["findings"]) == 1
+
+
+def test_inspect_finds_the_base_model_that_the_adapter_names(run, adapter, base_folder, tokenizer):
+    code, out, _ = run("inspect", adapter, "-k", 2, "--json")
+    values = json.loads(out)
+    assert code == 0 and values["name"] == str(adapter) and values["distance_from_start"] is not None
+    tokens = values["nearest"]["projected"]["cosine"]["tokens"]
+    assert [len(of_token) for of_token in tokens] == [2] * 4
+    assert {token for of_token in tokens for token in of_token} <= set(tokenizer.get_vocab())
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base_folder), "someone/some-model"))
+    assert json.loads(run("inspect", adapter, "-k", 2, "--json", "--base", base_folder)[1]) == values
+
+
+def test_inspect_goes_on_without_a_base_model_that_is_not_there(run, adapter, base_folder):
+    config = adapter / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(base_folder), str(base_folder / "gone")))
+    code, out, err = run("inspect", adapter, "--json")
+    assert code == 0 and json.loads(out)["nearest"] == {}
+    assert err.startswith("peft-residual: no base model, so no words: ") and "gone" in err
+    code, out, err = run("inspect", adapter, "--base", base_folder / "gone")
+    assert (code, out) == (1, "") and err.startswith("peft-residual: error: ") and "gone" in err
+
+
+def test_inspect_needs_no_base_model(run, adapter):
+    code, out, err = run("inspect", adapter, "--no-base")
+    assert code == 0 and err == "" and "nearest" not in out and "4 virtual tokens of width 16" in out
+
+
+def test_inspect_shows_ids_where_there_is_no_tokenizer(run, adapter, base_folder, tmp_path):
+    type(tiny_t5()).from_pretrained(base_folder).save_pretrained(tmp_path / "bare")
+    code, out, err = run("inspect", adapter, "--base", tmp_path / "bare", "-k", 1, "--json")
+    assert code == 0 and "no tokenizer" in err
+    assert re.fullmatch(r"#\d+", json.loads(out)["nearest"]["raw"]["cosine"]["tokens"][0][0])
+
+
+def test_inspect_does_not_mind_a_head_of_another_size(run, tmp_path):
+    SCENARIOS["bert-sequence"].model().save_pretrained(tmp_path / "adapter")  # three labels
+    tiny_bert(num_labels=5).save_pretrained(tmp_path / "base")
+    assert run("inspect", tmp_path / "adapter", "--base", tmp_path / "base")[0] == 0
+
+
+def test_inspect_draws_pictures(run, adapter, tmp_path):
+    assert run("inspect", adapter, "--no-base", "--plot", tmp_path / "prompt.png")[0] == 0
+    assert (tmp_path / "prompt.png").read_bytes().startswith(b"\x89PNG")
+    code, _, err = run("inspect", adapter, "--no-base", "--plot", tmp_path / "prompt.foo")
+    assert code == 1 and "foo" in err
+
+
+def test_merge_writes_a_plain_adapter(run, adapter, base_folder, tmp_path):
+    code, out, _ = run("merge", adapter, tmp_path / "merged")
+    assert code == 0 and str(tmp_path / "merged") in out
+    base = type(tiny_t5()).from_pretrained(base_folder)
+    prompt = PeftModel.from_pretrained(base, tmp_path / "merged").get_prompt_embedding_to_save("default")
+    assert torch.equal(prompt, load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"])
+    code, _, err = run("merge", adapter, tmp_path / "merged")
+    assert code == 1 and "exists" in err
+    code, out, _ = run("merge", adapter, tmp_path / "merged", "--overwrite", "--json")
+    assert code == 0 and json.loads(out)["out"] == str(tmp_path / "merged")
+    assert run("check", tmp_path / "merged")[0] == 0
+
+
+# --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argv", (["inspect"], ["inspect", "--no-base"], ["merge"]))
+@pytest.mark.parametrize("source", ("nowhere", "someone/some-adapter", "not an id!", ""))
+def test_an_adapter_that_is_nowhere_is_an_error_in_words(argv, source, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(argv[0], source, *(["out"] if argv == ["merge"] else argv[1:]))
+    assert (code, out) == (1, "") and err.startswith("peft-residual: error: ") and err.count("\n") <= 2
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "argv",
+    (
+        [],
+        ["frobnicate"],
+        ["check"],
+        ["merge", "a"],
+        ["inspect", "a", "-k", "many"],
+        ["inspect", "a", "--base", "b", "--no-base"],
+    ),
+)
+def test_a_wrong_command_line_returns_2_and_the_usage(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(argv)
+    assert error.value.code == 2 and "usage: peft-residual" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_has_worked_examples(name, capsys):
+    with pytest.raises(SystemExit) as error:
+        main([name, "--help"])
+    text = capsys.readouterr().out
+    examples = re.findall(rf"^ +(peft-residual {name} .+)$", text, re.M)
+    assert error.value.code == 0 and len(examples) >= 2
+    assert name in COMMANDS and f"usage: peft-residual {name}" in text
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_the_help_are_right_command_lines(name, capsys):
+    """They name no adapter of ours, so that they end with an error in words and not with the usage."""
+    for example in re.findall(rf"^ +peft-residual ({name} .+)$", COMMANDS[name].__doc__, re.M):
+        assert main(example.split()) == 1
+        assert "usage" not in capsys.readouterr().err
+
+
+def test_the_command_runs_as_a_process(adapter, tmp_path):
+    def process(*argv):
+        command = [sys.executable, "-W", "ignore", "-m", "peft_residual", *map(str, argv)]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+    good = process("check", adapter, "--json")
+    assert good.returncode == 0 and json.loads(good.stdout)["is_whole"]
+    bad = process("inspect", tmp_path / "nowhere")
+    assert (bad.returncode, bad.stdout) == (1, "")
+    assert "peft-residual: error: " in bad.stderr and "Traceback" not in bad.stderr
