@@ -29,6 +29,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import ResidualPromptTuningConfig
+from .prompt_cache import PromptCache
 
 
 Inputs = dict[str, Any]
@@ -43,10 +44,12 @@ class BatchPrompt:
     Args:
         embeds (`torch.Tensor`): `[B, P, H]`; shorter prompts stand at the end of their row, behind filler.
         lengths (`torch.Tensor`, *optional*): `[B]`, int64, where they differ; None when all have `P`.
+        is_shared (`bool`): Whether all rows have the active adapter's prompt.
     """
 
     embeds: Tensor
     lengths: Tensor | None = None
+    is_shared: bool = False
 
     @property
     def filler(self) -> Tensor:
@@ -104,7 +107,7 @@ class ResidualPeftModel(PeftModel):
         """
         if adapter_names is None:
             length = self.peft_config[self.active_adapter].num_virtual_tokens
-            return BatchPrompt(self.get_prompt(batch_size=batch_size)[:, :length])
+            return BatchPrompt(self.get_prompt(batch_size=batch_size)[:, :length], is_shared=True)
         if isinstance(adapter_names, str) or len(adapter_names) != batch_size:
             raise ValueError(
                 f"`adapter_names` must be a list of one name for each of the {batch_size} rows, got "
@@ -405,6 +408,49 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
     """Causal language models: logits cover prompt and text, and padding changes nothing."""
 
     has_token_labels = True
+    _prompt_cache: PromptCache | None = None
+
+    def enable_prompt_cache(self) -> None:
+        """Compute the active prompt's keys and values once, and start behind them from then on.
+
+        Used without gradients, in eval mode, by `generate` (but not with beams or caches of other kinds) and by a
+        `forward` that asks for logits of the text alone (`logits_to_keep`); everything else runs as without. Outputs
+        are the same. Any change of prompt or base model is noticed, and the cache computed anew.
+
+        Raises:
+            ValueError: If the base model does not read from left to right.
+        """
+        if not self.reads_left_to_right():
+            raise ValueError(
+                f"Only a causal model has a prompt cache, and {_model_type(self.base_model)!r} reads in both "
+                "directions. Use the model without it."
+            )
+        self._prompt_cache = PromptCache()
+
+    def disable_prompt_cache(self) -> None:
+        """Forget the prompt's keys and values, and compute the prompt in every batch again."""
+        self._prompt_cache = None
+
+    def start_behind_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs | None:
+        """Inputs `[B, P + L]`, the prompt's keys and values in `past_key_values`; None where that cannot be used."""
+        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        if self._prompt_cache is None or self.training or torch.is_grad_enabled() or not prompt.is_shared:
+            return None
+        if inputs.get("past_key_values") is not None or inputs.get("position_ids") is not None:
+            return None
+        embeds = self.word_embeddings(inputs["input_ids"]) if embeds is None else embeds
+        cache = self._prompt_cache.for_batch(self.base_model, prompt.embeds[0], embeds.shape[0])
+        # Padding between prompt and text would push the prompt out of a sliding window.
+        if cache is None or (any(cache.is_sliding) and mask is not None and not mask.all()):
+            return None
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return {
+            **{name: value for name, value in inputs.items() if name != "input_ids"},
+            "inputs_embeds": torch.cat([prompt.embeds.to(embeds), embeds], dim=1),
+            "attention_mask": _extend_mask(mask, prompt),
+            "past_key_values": cache,
+        }
 
     def reads_left_to_right(self) -> bool:
         """All do but those made from bidirectional models; a type that transformers does not know is taken to."""
@@ -425,7 +471,14 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
             return self.base_model(**self._behind_cache(prompt, inputs))
-        return super().prompted_forward(prompt, inputs)
+        behind = self.start_behind_prompt(prompt, inputs) if _is_about_the_text(inputs) else None
+        if behind is None:
+            return super().prompted_forward(prompt, inputs)
+        length = prompt.embeds.shape[1]
+        behind["inputs_embeds"] = behind["inputs_embeds"][:, length:]
+        if _accepts_position_ids(self.base_model):
+            behind["position_ids"] = _positions(behind["attention_mask"])[:, length:]
+        return self.base_model(**behind)
 
     def _behind_cache(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         inputs = dict(inputs)
@@ -446,6 +499,11 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         input_ids = inputs["input_ids"]
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
+        plain = all(_setting(name, inputs, self.base_model) in (None, default) for name, default in _PLAIN.items())
+        behind = self.start_behind_prompt(prompt, inputs) if plain else None
+        if behind is not None:
+            _count_new_tokens(behind, self.base_model, input_ids.shape[1])
+            return self.base_model.generate(input_ids=input_ids, **behind)
         prompted = self.prepend_prompt(prompt, inputs)
         prompted.pop("position_ids", None)  # transformers computes them from the mask, at every step
         # Padding that all rows share is of no use, and assisted decoding (one row) cannot cope with it.
@@ -533,6 +591,30 @@ def _batch_size(inputs: Inputs) -> int:
     if given is None:
         raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
     return int(given.shape[0])
+
+
+# Settings of `generate` under which it goes on from a cache that it is given, one row for each of the input.
+_PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": "dynamic",
+    "prompt_lookup_num_tokens": None,
+    "assistant_model": None,
+    "prefill_chunk_size": None,
+}
+
+
+def _is_about_the_text(inputs: Inputs) -> bool:
+    """Whether a forward pass asks for nothing that the prompt's own positions would be part of."""
+    kept = inputs.get("logits_to_keep")
+    others = ("labels", "output_hidden_states", "output_attentions")
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return (
+        isinstance(kept, int)
+        and 0 < kept <= text.shape[1]
+        and not any(inputs.get(name) is not None for name in others)
+    )
 
 
 def _run_per_row(
