@@ -193,7 +193,7 @@ class ResidualPeftModel(PeftModel):
             _refuse_packing(position_ids, mask)
             inputs["position_ids"] = _extend_positions(position_ids.expand(embeds.shape[0], -1), prompt)
         if mask is not None:
-            self._reorder(inputs, _padding_first(self.padding_to_move(mask), prompt))
+            self._reorder(inputs, _padding_first(self.padding_to_move(mask), length))
             if position_ids is None and _accepts_position_ids(self.base_model):
                 inputs["position_ids"] = _positions(inputs["attention_mask"])
         return inputs
@@ -481,16 +481,15 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         return self.base_model(**behind)
 
     def _behind_cache(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
-        inputs = dict(inputs)
+        inputs, length = dict(inputs), prompt.embeds.shape[1]
         position_ids, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if mask is not None:
-            order = _padding_first(self.padding_to_move(mask), prompt)
+            order = _padding_first(self.padding_to_move(mask), length)
             inputs["attention_mask"] = _reorder(_extend_mask(mask, prompt), order)
             if position_ids is None and _accepts_position_ids(self.base_model):
                 new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
                 inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
         if position_ids is not None:
-            length = prompt.embeds.shape[1]
             inputs["position_ids"] = _extend_positions(position_ids, prompt)[:, length:]
         return inputs
 
@@ -500,7 +499,8 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
         plain = all(_setting(name, inputs, self.base_model) in (None, default) for name, default in _PLAIN.items())
-        behind = self.start_behind_prompt(prompt, inputs) if plain else None
+        with torch.no_grad():  # as transformers generates
+            behind = self.start_behind_prompt(prompt, inputs) if plain else None
         if behind is not None:
             _count_new_tokens(behind, self.base_model, input_ids.shape[1])
             return self.base_model.generate(input_ids=input_ids, **behind)
@@ -685,9 +685,9 @@ def _model_type(base_model: Any) -> str | None:
     return getattr(getattr(base_model, "config", None), "model_type", None)
 
 
-def _padding_first(moved: Tensor, prompt: BatchPrompt) -> Tensor:
-    """The order `[B, P + L]` that brings filler and what is moved to the front, before the prompt and the rest."""
-    return (~torch.cat([prompt.filler, moved], dim=1)).long().argsort(dim=1, stable=True)
+def _padding_first(moved: Tensor, length: int) -> Tensor:
+    """The order `[B, P + L]` that brings what is moved to the front, before the prompt and the rest."""
+    return _extend(~moved, length, True, "attention_mask").long().argsort(dim=1, stable=True)
 
 
 def _reorder(tensor: Tensor, order: Tensor) -> Tensor:

@@ -85,10 +85,11 @@ def test_generation_is_the_same(name, settings):
         torch.manual_seed(1)
         return model.generate(**batch, **settings)
 
-    without, expected = counter.during(run)
+    expected, without = run(), counter.seen
     model.enable_prompt_cache()
-    counter.during(run)
-    count, generated = counter.during(run)
+    run()
+    counter.seen = 0
+    generated, count = run(), counter.seen
     assert torch.equal(generated, expected)
     assert count == without - 6 * 6 or name == "mistral"
 
@@ -173,15 +174,23 @@ def test_any_change_is_noticed(change):
         assert torch.allclose(cached, model(**batch, logits_to_keep=1).logits, atol=1e-5)
 
 
-def test_training_and_copies_are_not_disturbed():
+def test_copies_have_a_cache_of_their_own():
     model, batch = make_model(), make_batch()
     model.enable_prompt_cache()
     with torch.no_grad():
         expected = model(**batch, logits_to_keep=1).logits
         assert torch.allclose(copy.deepcopy(model)(**batch, logits_to_keep=1).logits, expected, atol=1e-5)
-    model.train()
+
+
+def test_it_is_not_used_where_the_prompt_is_trained_or_dropout_is_on():
+    model, batch = make_model(), make_batch()
+    model.enable_prompt_cache()
+    counter = Counter(model)
+    counter.during(lambda: model(**batch, logits_to_keep=1))
     model(**batch, logits_to_keep=1).logits.sum().backward()
     assert model.prompt_encoder["default"].embedding.weight.grad.any()
+    model.train()
+    assert counter.during(lambda: model(**batch, logits_to_keep=1))[0] == 6 * (6 + 7)
 
 
 def test_a_model_that_reads_in_both_directions_is_refused():
