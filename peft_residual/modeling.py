@@ -7,12 +7,14 @@ While the active adapter is of any other kind, every method here passes on to PE
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,14 +27,40 @@ from peft import (
     PeftModelForSequenceClassification,
     PeftModelForTokenClassification,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from . import writing
 from .config import ResidualPromptTuningConfig
+from .prompt_cache import PromptCache
 
 
 Inputs = dict[str, Any]
+
+NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
+
+
+@dataclass(frozen=True)
+class BatchPrompt:
+    """The prompts of a batch: `B` rows, `P` the length of the longest prompt, `H` the width.
+
+    Args:
+        embeds (`torch.Tensor`): `[B, P, H]`; shorter prompts stand at the end of their row, behind filler.
+        lengths (`torch.Tensor`, *optional*): `[B]`, int64, where they differ; None when all have `P`.
+        is_shared (`bool`): Whether all rows have the active adapter's prompt.
+    """
+
+    embeds: Tensor
+    lengths: Tensor | None = None
+    is_shared: bool = False
+
+    @property
+    def filler(self) -> Tensor:
+        """Which positions hold no prompt: `[B, P]`, bool."""
+        rows, length = self.embeds.shape[:2]
+        if self.lengths is None:
+            return torch.zeros(rows, length, dtype=torch.bool, device=self.embeds.device)
+        return torch.arange(length, device=self.embeds.device) < (length - self.lengths).unsqueeze(1)
 
 
 class ResidualPeftModel(PeftModel):
@@ -56,26 +84,79 @@ class ResidualPeftModel(PeftModel):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base model with the prompt in front; arguments as in PEFT's class for the task.
 
+        With `adapter_names`, a list of one name per row, each row gets that adapter's prompt and trained head:
+        residual, merged and plain prompts of any lengths, and none for `"__base__"`.
+
         Raises:
-            ValueError: If `adapter_names` is passed: one prompt serves the whole batch.
+            ValueError: If `adapter_names` does not name an adapter, or `"__base__"`, for each row.
         """
-        config = self.active_residual_config()
-        if config is None:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None and self.active_residual_config() is None:
             return super().forward(*args, **kwargs)
         inputs = dict(kwargs)
         if args:
             inputs.update(zip(inspect.signature(super().forward).parameters, args))
-        _refuse_adapter_names(inputs)
         inputs.pop("task_ids", None)
         if self._adapters_disabled:
             return self.base_model(**inputs)
-        return self.prompted_forward(config, inputs)
+        with self.heads_per_row(adapter_names):
+            return self.prompted_forward(self.batch_prompt(_batch_size(inputs), adapter_names), inputs)
 
-    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def batch_prompt(self, batch_size: int, adapter_names: Sequence[str] | None = None) -> BatchPrompt:
+        """The prompts of a batch: the active adapter's for all rows, or one per row by name.
+
+        Raises:
+            ValueError: If `adapter_names` does not name an adapter, or `"__base__"`, for each row.
+        """
+        if adapter_names is None:
+            length = self.peft_config[self.active_adapter].num_virtual_tokens
+            return BatchPrompt(self.get_prompt(batch_size=batch_size)[:, :length], is_shared=True)
+        if isinstance(adapter_names, str) or len(adapter_names) != batch_size:
+            raise ValueError(
+                f"`adapter_names` must be a list of one name for each of the {batch_size} rows, got "
+                f"{adapter_names!r}. Use {NO_ADAPTER!r} for rows without an adapter."
+            )
+        unknown = sorted({repr(name) for name in adapter_names} - {repr(n) for n in (*self.peft_config, NO_ADAPTER)})
+        if unknown:
+            raise ValueError(
+                f"`adapter_names` has {', '.join(unknown)}, but the adapters are {sorted(self.peft_config)}. Load "
+                f"what is missing with `load_adapter`, or use {NO_ADAPTER!r} for rows without an adapter."
+            )
+        names = list(dict.fromkeys(adapter_names))
+        prompts = [self._prompt_by_name(name) for name in names]
+        lengths = [prompt.shape[0] for prompt in prompts]
+        table = torch.stack([nn.functional.pad(p, (0, 0, max(lengths) - p.shape[0], 0)) for p in prompts])
+        rows = torch.tensor([names.index(name) for name in adapter_names], device=table.device)
+        row_lengths = torch.tensor(lengths, device=table.device)[rows]
+        return BatchPrompt(table[rows], row_lengths if len(set(lengths)) > 1 else None)
+
+    def _prompt_by_name(self, name: str) -> Tensor:
+        weight = self.word_embeddings.weight
+        if name == NO_ADAPTER:
+            return weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
+        encoder = self.prompt_encoder[name]
+        indices = torch.arange(self.peft_config[name].num_virtual_tokens, device=encoder.embedding.weight.device)
+        return encoder(indices).to(weight.device, torch.float32)
+
+    @contextmanager
+    def heads_per_row(self, adapter_names: Sequence[str] | None) -> Iterator[None]:
+        """Let each row go through its own adapter's heads (`modules_to_save`); the base model's where it has none."""
+        handles = []
+        if adapter_names is not None:
+            hook = functools.partial(_run_per_row, adapter_names)
+            wrappers = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+            handles = [wrapper.register_forward_hook(hook, with_kwargs=True) for wrapper in wrappers]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model on inputs that do not hold the prompt yet."""
-        return self.base_model(**self.prepend_prompt(config, inputs))
+        return self.base_model(**self.prepend_prompt(prompt, inputs))
 
-    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+    def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         """Put the prompt in front of the embedded input, and ones in front of its mask.
 
         Takes `input_ids` `[B, L]` or `inputs_embeds` `[B, L, H]`; returns `inputs_embeds` `[B, P + L, H]`. In a
@@ -88,12 +169,13 @@ class ResidualPeftModel(PeftModel):
             if input_ids is None:
                 raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
             embeds = self.word_embeddings(input_ids)
-        length = config.num_virtual_tokens
-        prompt = self.get_prompt(batch_size=embeds.shape[0])[:, :length].to(embeds)
+        length = prompt.embeds.shape[1]
         mask, position_ids = inputs.get("attention_mask"), inputs.pop("position_ids", None)
-        inputs["inputs_embeds"] = torch.cat([prompt, embeds], dim=1)
+        if mask is None and prompt.lengths is not None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        inputs["inputs_embeds"] = torch.cat([prompt.embeds.to(embeds), embeds], dim=1)
         if mask is not None:
-            inputs["attention_mask"] = _extend(mask, length, 1, "attention_mask")
+            inputs["attention_mask"] = _extend_mask(mask, prompt)
         if inputs.get("token_type_ids") is not None:
             if self.keeps_token_type_ids:
                 inputs["token_type_ids"] = _extend(inputs["token_type_ids"], length, 0, "token_type_ids")
@@ -106,21 +188,47 @@ class ResidualPeftModel(PeftModel):
             # Bidirectional models number positions in ways of their own (RoBERTa starts at 2): leave it to them.
             if position_ids is not None:
                 warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
+            if prompt.lengths is not None:  # the prompt must start at the first position: filler goes to the end
+                filler = nn.functional.pad(prompt.filler.long(), (0, embeds.shape[1]))
+                self._reorder(inputs, filler.argsort(dim=1, stable=True))
             return inputs
         if position_ids is not None:
             _refuse_packing(position_ids, mask)
-            shifted = position_ids.expand(embeds.shape[0], -1) + length
-            own = torch.arange(length, device=shifted.device).expand(embeds.shape[0], -1)
-            inputs["position_ids"] = torch.cat([own, shifted], dim=1)
+            inputs["position_ids"] = _extend_positions(position_ids.expand(embeds.shape[0], -1), prompt)
         if mask is not None:
-            order = _padding_first(self.padding_to_move(mask), length)
-            inputs["inputs_embeds"] = _reorder(inputs["inputs_embeds"], order)
-            for name in ("attention_mask", "position_ids", "token_type_ids", "labels" * self.has_token_labels):
-                if inputs.get(name) is not None:
-                    inputs[name] = _reorder(inputs[name], order)
+            self._reorder(inputs, _padding_first(self.padding_to_move(mask), length))
             if position_ids is None and _accepts_position_ids(self.base_model):
                 inputs["position_ids"] = _positions(inputs["attention_mask"])
         return inputs
+
+    def _reorder(self, inputs: Inputs, order: Tensor) -> None:
+        """Bring the columns of all inputs into the order `[B, P + L]`, in place."""
+        names = ["inputs_embeds", "attention_mask", "position_ids", "token_type_ids"]
+        for name in names + ["labels"] * self.has_token_labels:
+            if inputs.get(name) is not None:
+                inputs[name] = _reorder(inputs[name], order)
+
+    def without_prompt(self, run: Any, prompt: BatchPrompt, inputs: Inputs, names: tuple[str, ...]) -> Any:
+        """Run, and cut the prompt's positions off the named outputs, so that outputs and inputs line up."""
+        return_dict = inputs.get("return_dict")
+        if return_dict is None:
+            return_dict = getattr(self.base_model.config, "return_dict", True)
+        outputs, start = run(prompt, {**inputs, "return_dict": True}), self.text_start(prompt)
+        for name in names:
+            output = outputs[name]
+            length = output.shape[1] - prompt.embeds.shape[1]
+            if isinstance(start, int):
+                outputs[name] = output[:, start:].contiguous()
+            else:
+                index = start.unsqueeze(1) + torch.arange(length, device=output.device)
+                outputs[name] = _reorder(output, index)
+        return outputs if return_dict else outputs.to_tuple()
+
+    def text_start(self, prompt: BatchPrompt) -> int | Tensor:
+        """Where the input's tokens begin in the outputs: one number, or `[B]`."""
+        if prompt.lengths is None or self.reads_left_to_right():
+            return prompt.embeds.shape[1]
+        return prompt.lengths
 
     def reads_left_to_right(self) -> bool:
         """Whether the base model is decoder-only, whatever head it has."""
@@ -146,13 +254,14 @@ class ResidualPeftModel(PeftModel):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt in front of the input; arguments as in transformers' `generate`.
 
+        `adapter_names` as in `forward`.
+
         Raises:
-            ValueError: If `adapter_names` is passed, or no `input_ids`.
+            ValueError: If no `input_ids` are passed, or `adapter_names` do not fit.
         """
-        config = self.active_residual_config()
-        if config is None:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None and self.active_residual_config() is None:
             return super().generate(*args, **kwargs)
-        _refuse_adapter_names(kwargs)
         if args:
             kwargs["inputs"], args = args[0], args[1:]
         if args:
@@ -167,11 +276,13 @@ class ResidualPeftModel(PeftModel):
             raise ValueError("`generate` needs `input_ids`. Pass the tokenized text.")
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._mask_of_padding(input_ids, kwargs)
-        return self.prompted_generate(config, {**kwargs, "input_ids": input_ids})
+        with self.heads_per_row(adapter_names):
+            prompt = self.batch_prompt(input_ids.shape[0], adapter_names)
+            return self.prompted_generate(prompt, {**kwargs, "input_ids": input_ids})
 
-    def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prompted_generate(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Generate from inputs that do not hold the prompt yet."""
-        return self.base_model.generate(**self.prepend_prompt(config, inputs))
+        return self.base_model.generate(**self.prepend_prompt(prompt, inputs))
 
     def _mask_of_padding(self, input_ids: Tensor, inputs: Inputs) -> Tensor:
         # As transformers infers it from `input_ids`, which it cannot do from embeddings.
@@ -283,14 +394,14 @@ class ResidualPeftModel(PeftModel):
 class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
     """Encoder-decoder models: the prompt stands in front of the encoder's input, the decoder gets none."""
 
-    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model; with `num_items_in_batch`, the loss is the sum over this many target tokens' share.
 
         The Trainer passes the number of target tokens of all accumulated batches; T5 and BART take the mean of each
         (transformers issue 47688), which multiplies gradients by the number of batches.
         """
         num_items = inputs.pop("num_items_in_batch", None)
-        outputs = super().prompted_forward(config, inputs)
+        outputs = super().prompted_forward(prompt, inputs)
         labels = inputs.get("labels")
         if num_items is None or labels is None:
             return outputs
@@ -300,18 +411,61 @@ class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):
         outputs.loss = outputs.loss * share
         return outputs
 
-    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+    def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         """As for all tasks; an encoder's output that was computed before holds no prompt and is computed anew."""
         inputs = dict(inputs)
         if inputs.pop("encoder_outputs", None) is not None:
             warnings.warn("`encoder_outputs` hold no prompt; they are computed anew.", stacklevel=2)
-        return super().prepend_prompt(config, inputs)
+        return super().prepend_prompt(prompt, inputs)
 
 
 class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
     """Causal language models: logits cover prompt and text, and padding changes nothing."""
 
     has_token_labels = True
+    _prompt_cache: PromptCache | None = None
+
+    def enable_prompt_cache(self) -> None:
+        """Compute the active prompt's keys and values once, and start behind them from then on.
+
+        Used without gradients, in eval mode, by `generate` (but not with beams or caches of other kinds) and by a
+        `forward` that asks for logits of the text alone (`logits_to_keep`); everything else runs as without. Outputs
+        are the same. Any change of prompt or base model is noticed, and the cache computed anew.
+
+        Raises:
+            ValueError: If the base model does not read from left to right.
+        """
+        if not self.reads_left_to_right():
+            raise ValueError(
+                f"Only a causal model has a prompt cache, and {_model_type(self.base_model)!r} reads in both "
+                "directions. Use the model without it."
+            )
+        self._prompt_cache = PromptCache()
+
+    def disable_prompt_cache(self) -> None:
+        """Forget the prompt's keys and values, and compute the prompt in every batch again."""
+        self._prompt_cache = None
+
+    def start_behind_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs | None:
+        """Inputs `[B, P + L]`, the prompt's keys and values in `past_key_values`; None where that cannot be used."""
+        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        if self._prompt_cache is None or self.training or torch.is_grad_enabled() or not prompt.is_shared:
+            return None
+        if inputs.get("past_key_values") is not None or inputs.get("position_ids") is not None:
+            return None
+        embeds = self.word_embeddings(inputs["input_ids"]) if embeds is None else embeds
+        cache = self._prompt_cache.for_batch(self.base_model, prompt.embeds[0], embeds.shape[0])
+        # Padding between prompt and text would push the prompt out of a sliding window.
+        if cache is None or (any(cache.is_sliding) and mask is not None and not mask.all()):
+            return None
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return {
+            **{name: value for name, value in inputs.items() if name != "input_ids"},
+            "inputs_embeds": torch.cat([prompt.embeds.to(embeds), embeds], dim=1),
+            "attention_mask": _extend_mask(mask, prompt),
+            "past_key_values": cache,
+        }
 
     def reads_left_to_right(self) -> bool:
         """All do but those made from bidirectional models; a type that transformers does not know is taken to."""
@@ -319,32 +473,53 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
 
         return _model_type(self.base_model) not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
-    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
+        """As for all tasks; without a prompt in front of it, nothing predicts a row's first token."""
+        inputs = super().prepend_prompt(prompt, inputs)
+        if prompt.lengths is not None and inputs.get("labels") is not None:
+            is_first = inputs["attention_mask"].cumsum(-1) == 1
+            inputs["labels"] = inputs["labels"].masked_fill(is_first & (prompt.lengths == 0).unsqueeze(1), -100)
+        return inputs
+
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model; a filled cache already holds the prompt."""
         cache = inputs.get("past_key_values")
         if cache is not None and cache.get_seq_length() > 0:
-            return self.base_model(**self._behind_cache(config, inputs))
-        return super().prompted_forward(config, inputs)
+            return self.base_model(**self._behind_cache(prompt, inputs))
+        behind = self.start_behind_prompt(prompt, inputs) if _is_about_the_text(inputs) else None
+        if behind is None:
+            return super().prompted_forward(prompt, inputs)
+        length = prompt.embeds.shape[1]
+        behind["inputs_embeds"] = behind["inputs_embeds"][:, length:]
+        if _accepts_position_ids(self.base_model):
+            behind["position_ids"] = _positions(behind["attention_mask"])[:, length:]
+        return self.base_model(**behind)
 
-    def _behind_cache(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
-        inputs, length = dict(inputs), config.num_virtual_tokens
+    def _behind_cache(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
+        inputs, length = dict(inputs), prompt.embeds.shape[1]
         position_ids, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if mask is not None:
-            extended = _extend(mask, length, 1, "attention_mask")
-            inputs["attention_mask"] = _reorder(extended, _padding_first(self.padding_to_move(mask), length))
+            order = _padding_first(self.padding_to_move(mask), length)
+            inputs["attention_mask"] = _reorder(_extend_mask(mask, prompt), order)
             if position_ids is None and _accepts_position_ids(self.base_model):
                 new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
                 inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
         if position_ids is not None:
-            inputs["position_ids"] = position_ids + length
+            inputs["position_ids"] = _extend_positions(position_ids, prompt)[:, length:]
         return inputs
 
-    def prompted_generate(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prompted_generate(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Generate from prompt and text; ids in the result and lengths asked for count the text only."""
         input_ids = inputs["input_ids"]
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
-        prompted = self.prepend_prompt(config, inputs)
+        plain = all(_setting(name, inputs, self.base_model) in (None, default) for name, default in _PLAIN.items())
+        with torch.no_grad():  # as transformers generates
+            behind = self.start_behind_prompt(prompt, inputs) if plain else None
+        if behind is not None:
+            _count_new_tokens(behind, self.base_model, input_ids.shape[1])
+            return self.base_model.generate(input_ids=input_ids, **behind)
+        prompted = self.prepend_prompt(prompt, inputs)
         prompted.pop("position_ids", None)  # transformers computes them from the mask, at every step
         # Padding that all rows share is of no use, and assisted decoding (one row) cannot cope with it.
         unused = int(prompted["attention_mask"].any(dim=0).long().argmax())
@@ -359,12 +534,12 @@ class ResidualPeftModelForSequenceClassification(ResidualPeftModel, PeftModelFor
 
     keeps_token_type_ids = True
 
-    def prepend_prompt(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Inputs:
+    def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         """As for all tasks; a decoder-only model finds padding in `input_ids`, which are gone then: by a mask."""
         ids, pad = inputs.get("input_ids"), getattr(self.base_model.config, "pad_token_id", None)
         if inputs.get("attention_mask") is None and ids is not None and pad is not None and self.reads_left_to_right():
             inputs = {**inputs, "attention_mask": (ids != pad).long()}
-        return super().prepend_prompt(config, inputs)
+        return super().prepend_prompt(prompt, inputs)
 
     def padding_to_move(self, mask: Tensor) -> Tensor:
         """All padding: a decoder-only model answers at the last position, where embeddings show no padding."""
@@ -377,9 +552,9 @@ class ResidualPeftModelForTokenClassification(ResidualPeftModel, PeftModelForTok
     keeps_token_type_ids = True
     has_token_labels = True
 
-    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model and drop the prompt's logits."""
-        return _without_prompt(super().prompted_forward, self.base_model, config, inputs, ("logits",))
+        return self.without_prompt(super().prompted_forward, prompt, inputs, ("logits",))
 
 
 class ResidualPeftModelForQuestionAnswering(ResidualPeftModel, PeftModelForQuestionAnswering):
@@ -387,26 +562,25 @@ class ResidualPeftModelForQuestionAnswering(ResidualPeftModel, PeftModelForQuest
 
     keeps_token_type_ids = True
 
-    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model with answer positions moved behind the prompt."""
         inputs = dict(inputs)
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
                 # Below 0 transformers takes the first position; above the length it ignores the row.
-                inputs[name] = inputs[name].clamp(min=0) + config.num_virtual_tokens
-        names = ("start_logits", "end_logits")
-        return _without_prompt(super().prompted_forward, self.base_model, config, inputs, names)
+                inputs[name] = inputs[name].clamp(min=0) + self.text_start(prompt)
+        return self.without_prompt(super().prompted_forward, prompt, inputs, ("start_logits", "end_logits"))
 
 
 class ResidualPeftModelForFeatureExtraction(ResidualPeftModel, PeftModelForFeatureExtraction):
     """Feature extraction: one feature vector per input token, `[B, L, H]`, none for the prompt."""
 
-    def prompted_forward(self, config: ResidualPromptTuningConfig, inputs: Inputs) -> Any:
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model and drop the prompt's features."""
         names = ("last_hidden_state",)
         if getattr(self.base_model.config, "is_encoder_decoder", False):
             names = ("encoder_last_hidden_state",)
-        return _without_prompt(super().prompted_forward, self.base_model, config, inputs, names)
+        return self.without_prompt(super().prompted_forward, prompt, inputs, names)
 
 
 RESIDUAL_MODEL_CLASSES: dict[type[PeftModel], type[PeftModel]] = {
@@ -427,12 +601,51 @@ for _peft_class, _class in RESIDUAL_MODEL_CLASSES.items():
     _class.__name__ = _peft_class.__name__
 
 
-def _refuse_adapter_names(inputs: Inputs) -> None:
-    if inputs.pop("adapter_names", None) is not None:
-        raise ValueError(
-            "`adapter_names` asks for an adapter per row, which residual prompt tuning does not do: one prompt serves "
-            "the whole batch. Call `model.set_adapter(name)` and run the rows of each adapter together."
-        )
+def _batch_size(inputs: Inputs) -> int:
+    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+    if given is None:
+        raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
+    return int(given.shape[0])
+
+
+# Settings of `generate` under which it goes on from a cache that it is given, one row for each of the input.
+_PLAIN = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "use_cache": True,
+    "cache_implementation": "dynamic",
+    "prompt_lookup_num_tokens": None,
+    "assistant_model": None,
+    "prefill_chunk_size": None,
+}
+
+
+def _is_about_the_text(inputs: Inputs) -> bool:
+    """Whether a forward pass asks for nothing that the prompt's own positions would be part of."""
+    kept = inputs.get("logits_to_keep")
+    others = ("labels", "output_hidden_states", "output_attentions")
+    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    return (
+        isinstance(kept, int)
+        and 0 < kept <= text.shape[1]
+        and not any(inputs.get(name) is not None for name in others)
+    )
+
+
+def _run_per_row(
+    adapter_names: Sequence[str], wrapper: ModulesToSaveWrapper, args: tuple[Any, ...], kwargs: Inputs, output: Any
+) -> Tensor:
+    """Forward hook: what the wrapper returns with each row in its own adapter's module."""
+    repeats = len(args[0]) // len(adapter_names)  # beams of a row stand side by side
+    names = [name for name in adapter_names for _ in range(repeats)]
+    rows: list[Any] = [None] * len(names)
+    for name in dict.fromkeys(names):
+        own = name in wrapper.modules_to_save
+        module = wrapper.modules_to_save[name] if own else wrapper.original_module
+        index = [i for i, other in enumerate(names) if other == name]
+        for i, row in zip(index, module(args[0][index], *args[1:], **kwargs), strict=True):
+            rows[i] = row
+    return torch.stack(rows)
 
 
 def _extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
@@ -441,6 +654,24 @@ def _extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor
         got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
         raise ValueError(f"`{name}` must be a tensor of two dimensions (rows, tokens), got {got}. Pass it like that.")
     return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
+
+
+def _extend_mask(mask: Tensor, prompt: BatchPrompt) -> Tensor:
+    """Put the prompt's own mask in front: `[B, P + L]`."""
+    extended = _extend(mask, prompt.embeds.shape[1], 1, "attention_mask")
+    if prompt.lengths is not None:
+        extended[:, : prompt.embeds.shape[1]].masked_fill_(prompt.filler, 0)
+    return extended
+
+
+def _extend_positions(position_ids: Tensor, prompt: BatchPrompt) -> Tensor:
+    """Count the prompt in front: `[B, P + L]`."""
+    rows, length = prompt.embeds.shape[:2]
+    own = torch.arange(length, device=position_ids.device).expand(rows, -1)
+    if prompt.lengths is None:
+        return torch.cat([own, position_ids + length], dim=1)
+    lengths = prompt.lengths.unsqueeze(1)
+    return torch.cat([(own - length + lengths).clamp(min=0), position_ids + lengths], dim=1)
 
 
 def _accepts_position_ids(base_model: Any) -> bool:
@@ -475,9 +706,9 @@ def _padding_first(moved: Tensor, length: int) -> Tensor:
 
 
 def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
-    """Reorder the columns of a `[B, P + L]` or `[B, P + L, H]` tensor, row by row."""
+    """Take columns of a `[B, P + L]` or `[B, P + L, H]` tensor in the given order, row by row."""
     if tensor.ndim == 3:
-        order = order.unsqueeze(-1).expand_as(tensor)
+        order = order.unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
     return tensor.gather(1, order)
 
 
@@ -518,16 +749,3 @@ def _count_new_tokens(inputs: Inputs, base_model: Any, text_length: int) -> None
             setattr(settings, new_name, max(length - text_length, 0))
     if settings is not None:
         inputs["generation_config"] = settings
-
-
-def _without_prompt(
-    run: Any, base_model: Any, config: ResidualPromptTuningConfig, inputs: Inputs, names: tuple[str, ...]
-) -> Any:
-    """Run, and cut the prompt's positions off the named outputs, so that outputs and inputs line up."""
-    return_dict = inputs.get("return_dict")
-    if return_dict is None:
-        return_dict = getattr(base_model.config, "return_dict", True)
-    outputs = run(config, {**inputs, "return_dict": True})
-    for name in names:
-        outputs[name] = outputs[name][:, config.num_virtual_tokens :].contiguous()
-    return outputs if return_dict else outputs.to_tuple()

@@ -282,13 +282,6 @@ def test_disable_adapter_gives_the_base_model_in_forward_and_generate(scenario):
     assert grads == {name: p.requires_grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.parametrize("method", ["forward", "generate"])
-def test_an_adapter_per_row_is_refused(method):
-    model = T5.model()
-    with pytest.raises(ValueError, match=r"`adapter_names`.*set_adapter"):
-        getattr(model, method)(input_ids=T5.batch()["input_ids"], adapter_names=["default", "default"])
-
-
 # --- generate -------------------------------------------------------------------------------------------------
 
 GENERATION = {

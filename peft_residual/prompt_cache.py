@@ -1,0 +1,44 @@
+"""A prompt's keys and values in a frozen causal model: computed once, used for every batch until a weight changes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PromptCache:
+    """Keys and values of one prompt.
+
+    A causal model computes the same for the prompt whatever text follows, so a batch can start behind it.
+    """
+
+    def __init__(self) -> None:
+        self._cache: Any = None
+        self._made_from: tuple[Tensor, tuple[tuple[int, int, int], ...]] | None = None
+
+    def for_batch(self, base_model: Any, prompt: Tensor, batch_size: int) -> Any:
+        """Keys and values for every row, in a cache of its own that the model may append to.
+
+        Args:
+            base_model (`transformers.PreTrainedModel`): The frozen causal model.
+            prompt (`torch.Tensor`): `[P, H]`, as the model sees it.
+            batch_size (`int`): Rows, `B`.
+
+        Returns:
+            `transformers.DynamicCache`: Of length `P`; None if the model keeps its state in another way.
+        """
+        from transformers import DynamicCache
+
+        key = tuple((id(t), t.data_ptr(), t._version) for t in (*base_model.parameters(), *base_model.buffers()))
+        if self._made_from is None or self._made_from[1] != key or not torch.equal(self._made_from[0], prompt):
+            dtype = base_model.get_input_embeddings().weight.dtype
+            outputs = base_model(inputs_embeds=prompt.to(dtype).unsqueeze(0), use_cache=True, logits_to_keep=1)
+            self._cache, self._made_from = outputs.past_key_values, (prompt.clone(), key)
+        if type(self._cache) is not DynamicCache:
+            return None
+        cache = copy.deepcopy(self._cache)
+        cache.batch_repeat_interleave(batch_size)
+        return cache
