@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed
 from torch import Tensor, nn
@@ -50,16 +49,6 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).detach().cpu()
         for name, tensor in tensors.items()
     }
-
-
-def spread_like(tensor: Tensor, example: Any) -> Tensor:
-    """Take a process's part of a tensor that all processes have, as `example` is spread; on its device."""
-    tensor = tensor.to(example.device, copy=True)
-    if not hasattr(example, "full_tensor"):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor, example.device_mesh, example.placements, src_data_rank=None)
 
 
 def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:

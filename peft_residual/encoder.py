@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import ResidualPromptTuningConfig
-from .distributed import spread_like, whole_state, whole_tensors
+from .distributed import whole_state, whole_tensors
 from .initialization import initialize_prompt
 from .reparameterization import build_network
 
@@ -220,7 +220,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         checkpoint.check_leaves(own, state)
         check_projection(encoder.config, state, projected, encoder.network)
         # Copied: a file's tensors may lie at odd addresses, where torch takes other kernels, to other last bits.
-        live = {f"prompt_encoder.{adapter_name}.{k}": spread_like(t, own[k]) for k, t in state.items()}
+        live = {f"prompt_encoder.{adapter_name}.{k}": t.to(own[k].device, copy=True) for k, t in state.items()}
         return {**others, **live, checkpoint.PROMPT_KEY: projected.to(own[checkpoint.RAW_PROMPT].device)}
 
     def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:

@@ -64,11 +64,13 @@ def rows(name):
 
 
 def build_model(name, folder):
-    """The base model from disk, a new adapter, and one that was loaded for inference."""
+    """The base model from disk, a new adapter (Llama's with norms trained along), one loaded for inference."""
     model_class, task_type, _ = MODELS[name]
-    config = make_config(task_type=task_type, prompt_tuning_init_seed=1)
+    heads = ["norm"] if name == "llama" else None
+    config = make_config(task_type=task_type, prompt_tuning_init_seed=1, modules_to_save=heads)
     model = get_peft_model(model_class.from_pretrained(folder / name), config)
     model.load_adapter(folder / f"{name}-frozen", "frozen")
+    model.set_adapter("default")  # PEFT freezes the active adapter's modules when it loads another one
     disable_base_dropout(model)
     return model
 

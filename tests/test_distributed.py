@@ -30,7 +30,7 @@ CONFIGS = {
     "zero2": "deepspeed_zero2.yaml",
     "zero3": "deepspeed_zero3.yaml",
 }
-# Importing everything takes longer than all that is tested: modes share their processes.
+# Importing takes longer than all that is tested: modes share their processes.
 LAUNCHES = (("ddp", "fsdp2", "fully_shard"), ("zero2", "zero3"))
 PATIENCE = 240  # seconds for a launch that takes 20 to 60
 RUNS = [(mode, name) for mode in CONFIGS for name in worker.MODELS]
@@ -149,7 +149,8 @@ def test_two_processes_train_what_one_trains(mode, name, launched, alone):
     assert report["partitioned"] == (mode == "zero3"), "the base model when the prompt took its start from it"
     trained = weights(output / f"checkpoint-{worker.STEPS}")
     relative = {k: float((trained[k] - one).norm() / one.norm()) for k, one in alone[name].items()}
-    assert len(relative) == 8 and max(relative.values()) <= 1e-5, relative
+    assert ("base_model.model.norm.weight" in relative) == (name == "llama")
+    assert max(relative.values()) <= 1e-5, relative
 
 
 @pytest.mark.parametrize("mode, name", RUNS)
