@@ -32,7 +32,7 @@ CONFIGS = {
 }
 # Importing takes longer than all that is tested: modes share their processes.
 LAUNCHES = (("ddp", "fsdp2", "fully_shard"), ("zero2", "zero3"))
-PATIENCE = 240  # seconds for a launch that takes 20 to 60
+PATIENCE = 480  # seconds for a launch that takes 20 to 40, and two minutes more when DeepSpeed compiles for once
 RUNS = [(mode, name) for mode in CONFIGS for name in worker.MODELS]
 LOOPS = [("fully_shard", way) for way in worker.WAYS]
 
