@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .config import ResidualPromptTuningConfig
+from .distributed import whole_state, whole_tensors
 from .initialization import initialize_prompt
 from .reparameterization import build_network
 
@@ -106,21 +108,34 @@ class ResidualPromptEncoder(BasePromptEncoder):
         with torch.autocast(raw.device.type, enabled=False):
             if raw.dtype in (torch.float16, torch.bfloat16):
                 raw = raw.float()
-                tensors = [*self.network.named_parameters(), *self.network.named_buffers()]
-                floats = {name: tensor.float() for name, tensor in tensors if tensor.is_floating_point()}
-                output = torch.func.functional_call(self.network, floats, (raw,), tie_weights=True)
+                # Taken one by one from their modules, which is where ZeRO-3 notices that it must gather them.
+                floats = {n: self.network.get_parameter(n).float() for n, _ in self.network.named_parameters()}
+                floats |= {n: b.float() if b.is_floating_point() else b for n, b in self.network.named_buffers()}
+                shell = self._shell.train(self.network.training)
+                output = torch.func.functional_call(shell, floats, (raw,), tie_weights=True)
             else:
                 output = self.network(raw)
             return _add_skip(self.config, raw, output)
 
+    @functools.cached_property
+    def _shell(self) -> nn.Module:
+        """The network without weights, and without the hooks of trainers, which take no weights but their own.
+
+        It is no submodule: `nn.Module` does not see what `cached_property` keeps.
+        """
+        return build_network(self.config, "meta")
+
     @torch.no_grad()
     def frozen_projection(self) -> Tensor:
         """The projected prompt of frozen weights, without dropout: computed when they change, else remembered."""
-        projected = self._projected
-        if projected is None or self._projected_key != self._key():
-            projected = project_state(self.config, self.state_dict(), self.network).to(self.embedding.weight.device)
+        projected = self._remembered()
+        if projected is None:
+            projected = project_state(self.config, whole_state(self), self.network).to(self.embedding.weight.device)
             self._remember(projected)
         return projected
+
+    def _remembered(self) -> Tensor | None:
+        return self._projected if self._projected_key == self._key() else None
 
     def _remember(self, projected: Tensor) -> None:
         self._projected = projected
@@ -134,7 +149,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
     def _apply(self, fn: Any, recurse: bool = True) -> ResidualPromptEncoder:
         """Move or cast, and forget the projection of weights that were rounded."""
         dtype = self.embedding.weight.dtype
-        is_valid = self._projected is not None and self._projected_key == self._key()
+        is_valid = self._remembered() is not None
         super()._apply(fn, recurse)
         if is_valid and self.embedding.weight.dtype == dtype:
             self._projected_key = self._key()
@@ -153,14 +168,22 @@ class ResidualPromptEncoder(BasePromptEncoder):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        prefix = f"prompt_encoder.{adapter_name}."
-        state = {k.removeprefix(prefix): _to_cpu(v) for k, v in state_dict.items() if k.startswith(prefix)}
+        prefix, encoder = f"prompt_encoder.{adapter_name}.", model.prompt_encoder[adapter_name]
+        names = [checkpoint.RAW_PROMPT, *(checkpoint.NETWORK_PREFIX + name for name in encoder._shell.state_dict())]
+        state = whole_tensors({name: state_dict[prefix + name] for name in names if prefix + name in state_dict})
         if checkpoint.RAW_PROMPT not in state:
             raise ValueError(
                 f"`state_dict` has no `{prefix}{checkpoint.RAW_PROMPT}`, so adapter {adapter_name!r} cannot be saved "
-                "from it. Pass the whole model's state dict, or none."
+                "from it. Pass the whole model's state dict, or none. The Trainer has one under ZeRO-3 if "
+                "`stage3_gather_16bit_weights_on_model_save` (accelerate: `zero3_save_16bit_model`) is true."
             )
-        return checkpoint.pack(model.prompt_encoder[adapter_name].project_saved(state), state)
+        if not state[checkpoint.RAW_PROMPT].numel():
+            raise ValueError(
+                f"`{prefix}{checkpoint.RAW_PROMPT}` is empty in `state_dict`: its numbers are spread over processes "
+                "(ZeRO-3). Call `model.save_pretrained` in every process, or pass "
+                "`state_dict=accelerator.get_state_dict(engine)`."
+            )
+        return checkpoint.pack(encoder.project_saved(state), state)
 
     def project_saved(self, state: Mapping[str, Tensor]) -> Tensor:
         """The projected prompt of a gathered state: `[P, H]`, float32, on the CPU, in eval mode, autocast off.
@@ -168,8 +191,9 @@ class ResidualPromptEncoder(BasePromptEncoder):
         A frozen adapter that was loaded keeps the projection that it was loaded with, to the last bit.
         """
         recomputed = project_state(self.config, state, self.network)
-        if not self.is_trainable:
-            remembered = self.frozen_projection().to("cpu", torch.float32, copy=True)
+        remembered = None if self.is_trainable else self._remembered()
+        if remembered is not None:
+            remembered = remembered.to("cpu", torch.float32, copy=True)
             if _is_same_projection(remembered, recomputed):
                 return remembered
         return recomputed
@@ -185,6 +209,12 @@ class ResidualPromptEncoder(BasePromptEncoder):
         """Check a checkpoint against this adapter, then name its tensors as the live model does."""
         encoder = model.prompt_encoder[adapter_name]
         projected, state, others = checkpoint.unpack(state_dict)
+        if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
+            raise ValueError(
+                f"Adapter {adapter_name!r} is partitioned by DeepSpeed ZeRO-3, and a file cannot be loaded into it. "
+                "Load it before `deepspeed.initialize` or `accelerator.prepare`, or resume from DeepSpeed's own "
+                "checkpoint (`Trainer.train(resume_from_checkpoint=...)`)."
+            )
         own = encoder.state_dict()
         checkpoint.check_leaves(own, state)
         check_projection(encoder.config, state, projected, encoder.network)
@@ -201,13 +231,6 @@ def _add_skip(config: ResidualPromptTuningConfig, raw: Tensor, output: Tensor) -
     if config.encoder_reparameterization_type == "NONE":
         return output
     return raw + output if config.encoder_residual else output
-
-
-def _to_cpu(tensor: Any) -> Tensor:
-    """Gather a tensor that is spread over processes, and bring it to the CPU."""
-    if hasattr(tensor, "full_tensor"):
-        tensor = tensor.full_tensor()
-    return tensor.detach().cpu()
 
 
 @torch.no_grad()
@@ -230,14 +253,14 @@ def project_state(
     with _own_random_state(0):  # the weights that the network starts with are replaced on the next lines
         network = build_network(config).eval()
     raw = state[checkpoint.RAW_PROMPT].to("cpu", torch.float32)
-    prefix = checkpoint.NETWORK_PREFIX
-    expected = {prefix + leaf: tensor for leaf, tensor in network.state_dict().items()}
-    found = {key: tensor for key, tensor in state.items() if key.startswith(prefix)}
-    checkpoint.check_leaves(expected, found)
+    prefix, persistent = checkpoint.NETWORK_PREFIX, network.state_dict()
+    recomputed = {prefix + name for name, _ in network.named_buffers() if name not in persistent}
+    found = {key: tensor for key, tensor in state.items() if key.startswith(prefix) and key not in recomputed}
+    checkpoint.check_leaves({prefix + name: tensor for name, tensor in persistent.items()}, found)
     network.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in found.items()})
     live_buffers = dict(live_network.named_buffers()) if live_network is not None else {}
     for name, buffer in network.named_buffers():
-        if prefix + name not in state and name in live_buffers:
+        if name not in persistent and name in live_buffers:
             buffer.copy_(live_buffers[name])
     with torch.autocast("cpu", enabled=False):
         return _add_skip(config, raw, network(raw)).clone()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import checkpoint, writing
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
+from .distributed import is_spread
 from .validation import read_adapter
 
 
@@ -49,10 +50,15 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
         adapter_name (`str`): The residual adapter to convert.
 
     Raises:
-        ValueError: If there is no such adapter, or it is no residual adapter.
+        ValueError: If there is no such adapter, it is no residual adapter, or its weights are spread over processes.
     """
     require_adapter(model, adapter_name, ResidualPromptTuningConfig)
     encoder = model.prompt_encoder[adapter_name]
+    if is_spread(encoder):
+        raise ValueError(
+            f"The weights of adapter {adapter_name!r} are spread over processes (FSDP2 or ZeRO-3), which hold on to "
+            "them. Save it with `model.save_pretrained` and merge the folder with `save_as_prompt_tuning`."
+        )
     plain_config = to_prompt_tuning_config(model.peft_config[adapter_name])
     prompt = get_prompt_tensor(model, adapter_name)
     with torch.random.fork_rng(devices=[]):  # the start that PEFT draws is replaced on the next lines

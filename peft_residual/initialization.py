@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .checkpoint import read_prompt
 from .config import ResidualPromptTuningConfig
+from .distributed import gathered
 from .registry import INITIALIZATIONS
 
 
@@ -133,10 +134,8 @@ def sample_rows(
 
 def look_up(word_embeddings: nn.Module, token_ids: Sequence[int]) -> Tensor:
     """Read rows through the embedding module: `[len(token_ids), H]`, float32, on the CPU, detached."""
-    from peft.utils.integrations import gather_params_ctx
-
     device = next(word_embeddings.parameters()).device
-    with torch.no_grad(), gather_params_ctx(word_embeddings.parameters()):
+    with torch.no_grad(), gathered(word_embeddings.parameters()):
         return word_embeddings(torch.tensor(token_ids, device=device)).to("cpu", torch.float32)
 
 

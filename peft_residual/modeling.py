@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from . import writing
 from .config import ResidualPromptTuningConfig
+from .distributed import is_spread, whole_state
 from .prompt_cache import PromptCache
 
 
@@ -354,7 +355,7 @@ class ResidualPeftModel(PeftModel):
         if not isinstance(self.peft_config[adapter_name], ResidualPromptTuningConfig):
             return super().get_prompt_embedding_to_save(adapter_name)
         encoder = self.prompt_encoder[adapter_name]
-        return encoder.project_saved(encoder.state_dict())
+        return encoder.project_saved(whole_state(encoder))
 
     def save_pretrained(
         self,
@@ -367,9 +368,13 @@ class ResidualPeftModel(PeftModel):
     ) -> None:
         """Save adapters as PEFT does, always as safetensors; a kill at any moment leaves no half adapter.
 
+        Where FSDP2 or ZeRO-3 spreads the weights over processes and no `state_dict` is given, every process must call
+        this; `is_main_process` says which one writes.
+
         Raises:
             ValueError: If `safe_serialization` is False: a pickled residual adapter would not be read again. Or if
                 `save_directory` is a file.
+            RuntimeError: If the weights are spread and not every process calls.
         """
         names = selected_adapters or self.peft_config
         residual = [n for n in names if isinstance(self.peft_config.get(n), ResidualPromptTuningConfig)]
@@ -380,6 +385,13 @@ class ResidualPeftModel(PeftModel):
             )
         if os.path.isfile(save_directory):
             raise ValueError(f"`save_directory`={str(save_directory)!r} is a file. Name a folder.")
+        trained = [
+            (n, m) for n, m in self.named_modules() if n == "prompt_encoder" or isinstance(m, AuxiliaryTrainingWrapper)
+        ]
+        if residual and kwargs.get("state_dict") is None and any(is_spread(module) for _, module in trained):
+            kwargs["state_dict"] = {k: t for name, module in trained for k, t in whole_state(module, name).items()}
+        if selected_adapters is None and kwargs.get("state_dict"):
+            selected_adapters = self._adapters_in(kwargs["state_dict"])
         args = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
         if not is_main_process:  # writes nothing, but takes part in gathering
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -389,6 +401,21 @@ class ResidualPeftModel(PeftModel):
             if os.path.isfile(card):  # which PEFT brings up to date
                 shutil.copy(card, folder)
             super().save_pretrained(str(folder), *args, **kwargs)
+
+    def _adapters_in(self, state_dict: dict[str, Tensor]) -> list[str]:
+        """All adapters, without frozen residual ones that are missing: so Trainer saves under ZeRO-3."""
+        missing = [
+            name
+            for name, config in self.peft_config.items()
+            if isinstance(config, ResidualPromptTuningConfig)
+            and not self.prompt_encoder[name].is_trainable
+            and not any(key.startswith(f"prompt_encoder.{name}.") for key in state_dict)
+        ]
+        if missing:
+            warnings.warn(
+                f"`state_dict` holds nothing of the frozen adapter(s) {missing}; they are not saved.", stacklevel=3
+            )
+        return [name for name in self.peft_config if name not in missing]
 
 
 class ResidualPeftModelForSeq2SeqLM(ResidualPeftModel, PeftModelForSeq2SeqLM):

@@ -75,7 +75,8 @@ def create_residual_optimizer(
 
     members: dict[str, list[nn.Parameter]] = {}
     for part, name, parameter in _trainable_parts(model):
-        decaying = part == "prompt" or (parameter.ndim > 1 and "norm" not in name.lower() and "bias" not in name)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves parameters empty
+        decaying = part == "prompt" or (len(shape) > 1 and "norm" not in name.lower() and "bias" not in name)
         members.setdefault(part if decaying else f"{part}_no_decay", []).append(parameter)
     if "prompt" not in members:
         raise ValueError(

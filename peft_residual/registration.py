@@ -133,6 +133,10 @@ def _add_adapter(
     original(model, adapter_name, peft_config, *args, **kwargs)
     # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
     model.__class__ = model_class
+    # PEFT keeps the base model's table under a second name, and FSDP2 cannot load a checkpoint that has both: here the
+    # second is an attribute that is no submodule.
+    if "word_embeddings" in model._modules:
+        vars(model)["word_embeddings"] = model._modules.pop("word_embeddings")
     model.freeze_inactive_prompts()
     watch_learning_rate(model.prompt_encoder[adapter_name])
 

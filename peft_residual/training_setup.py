@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 from transformers.trainer_callback import TrainerCallback
 
+from .distributed import is_spread
 from .encoder import ResidualPromptEncoder
 from .modeling import ResidualPeftModel
 from .optimization import SMALLEST_LEARNING_RATE, active_dropout
@@ -143,7 +143,7 @@ def _check_weights(model: ResidualPeftModel) -> Iterator[Finding]:
             "Load it with `is_trainable=True`, or `model.set_adapter` the one to train.",
         )
         return
-    if any(_is_spread(tensor) for tensor in (*encoder.parameters(), *model.word_embeddings.parameters())):
+    if is_spread(encoder) or is_spread(model.word_embeddings):
         yield Finding(
             "info",
             "model",
@@ -153,11 +153,6 @@ def _check_weights(model: ResidualPeftModel) -> Iterator[Finding]:
         return
     yield from _check_gradients(model, encoder)
     yield from _check_norm(model)
-
-
-def _is_spread(tensor: Tensor) -> bool:
-    """Whether this process holds only a part of it: a DTensor (FSDP2), or a parameter of DeepSpeed ZeRO-3."""
-    return hasattr(tensor, "full_tensor") or hasattr(tensor, "ds_id")
 
 
 def _check_gradients(model: ResidualPeftModel, encoder: ResidualPromptEncoder) -> Iterator[Finding]:

@@ -1,7 +1,9 @@
 """The plug: importing the package changes nothing for other methods, and is safe however it is done."""
 
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
@@ -170,3 +172,12 @@ def test_global_random_state_is_not_touched_by_building():
     torch.manual_seed(3)
     get_peft_model(base, make_config())
     assert torch.equal(torch.rand(4), expected)
+
+
+def test_the_word_embeddings_are_registered_once():
+    """Under a second name, as in PEFT, FSDP2 cannot load its own checkpoints."""
+    model = get_peft_model(tiny_t5(), make_config())
+    model.add_adapter("other", make_config())
+    assert not any(name.startswith("word_embeddings") for name in model.state_dict())
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin.word_embeddings is twin.base_model.encoder.embed_tokens
