@@ -123,7 +123,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
         It is no submodule: `nn.Module` does not see what `cached_property` keeps.
         """
-        return build_network(self.config, "meta")
+        with _own_random_state(0):
+            return build_network(self.config).to("meta")  # built on "meta", some users' networks fail
 
     @torch.no_grad()
     def frozen_projection(self) -> Tensor:

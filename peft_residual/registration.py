@@ -172,6 +172,7 @@ def _load_adapter(
         _check_modules_to_save(model, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
         if not is_new:
             return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         # PEFT refuses to load a prompt for training. Loading it for inference does not need what it started from.
         with _loading_adapter(model, keep_modes=is_trainable):
             try:
@@ -180,6 +181,8 @@ def _load_adapter(
                 if adapter_name in model.peft_config:
                     model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
                 raise
+    for parameter in trained:  # PEFT has frozen the heads of the adapter that is being trained
+        parameter.requires_grad_(True)
     if is_trainable:
         model.peft_config[adapter_name].inference_mode = False
         if adapter_name == model.active_adapter:

@@ -648,3 +648,13 @@ def test_packed_rows_are_refused():
     ids = SCENARIOS["llama"].batch()["input_ids"]
     with pytest.raises(ValueError, match="packing"):
         model(input_ids=ids, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]).expand(2, -1))
+
+
+def test_loading_another_adapter_leaves_the_one_that_is_trained_trainable(tmp_path):
+    scenario = SCENARIOS["bert-sequence"]
+    scenario.model().save_pretrained(tmp_path)
+    model = scenario.model()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("classifier" in name for name in trainable)
+    model.load_adapter(tmp_path, adapter_name="other")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
