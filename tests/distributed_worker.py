@@ -70,7 +70,6 @@ def build_model(name, folder):
     config = make_config(task_type=task_type, prompt_tuning_init_seed=1, modules_to_save=heads)
     model = get_peft_model(model_class.from_pretrained(folder / name), config)
     model.load_adapter(folder / f"{name}-frozen", "frozen")
-    model.set_adapter("default")  # PEFT freezes the active adapter's modules when it loads another one
     disable_base_dropout(model)
     return model
 

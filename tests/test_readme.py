@@ -16,7 +16,7 @@ MODEL = ROOT / "examples" / "embedded" / "model"
 def test_code_runs_as_it_stands_on_the_embedded_model(own_names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     namespace = {}
     for block in blocks:
         exec(block.replace("google/t5-v1_1-base", str(MODEL)), namespace)
