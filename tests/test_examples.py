@@ -43,6 +43,7 @@ SCRIPTS = [
 @contextlib.contextmanager
 def examples_importable():
     """Let this process import what examples import, and forget it and the networks that they register afterwards."""
+    known = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(REPARAMETERIZATIONS, "_entries", dict(REPARAMETERIZATIONS._entries))
         patch.setattr(sys, "path", [str(EXAMPLES / "by_feature"), str(EXAMPLES), *sys.path])
@@ -50,7 +51,7 @@ def examples_importable():
             yield
         finally:
             for name, module in list(sys.modules.items()):
-                if str(getattr(module, "__file__", "")).startswith(str(EXAMPLES)):
+                if name not in known and str(getattr(module, "__file__", "")).startswith(str(EXAMPLES)):
                     del sys.modules[name]
 
 
