@@ -77,6 +77,10 @@ def test_a_card_of_several_adapters_loads_them_all(saved):
 def test_a_base_model_from_the_hub_is_named_and_a_local_path_is_not(saved):
     model, base, folder, card = saved("gpt2")
     assert card.data.base_model is None and str(base.parent) not in str(card)
+    card.data.base_model, card.data.tags = str(base), [f"base_model:adapter:{base}"]  # as PEFT writes them
+    card.save(folder / "README.md")
+    model.save_pretrained(folder)
+    assert ModelCard.load(folder / "README.md").content.count(str(base.parent)) == 0
     assert "`base`" in card.text and card.data.pipeline_tag == "text-generation"
     model.peft_config["default"].base_model_name_or_path = "someone/some-model"
     model.peft_config["default"].revision = "v1"
