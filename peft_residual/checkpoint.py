@@ -14,6 +14,7 @@ Files are read as safetensors (or `.npy` without objects); nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -138,7 +139,8 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
         hub_kwargs: `subfolder`, `revision`, `token`, `cache_dir` and the like, as for `hf_hub_download`.
 
     Raises:
-        ValueError: If there is no such file.
+        ValueError: If there is no such file, or what came of it is damaged.
+        OSError: If the Hub cannot be reached or refuses.
     """
     subfolder = hub_kwargs.get("subfolder") or ""
     folder = Path(source, subfolder)
@@ -156,14 +158,33 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
             "download the adapter again."
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, RepositoryNotFoundError
 
     try:
-        return Path(hf_hub_download(str(source), filename, **hub_kwargs))
+        path = Path(hf_hub_download(str(source), filename, **hub_kwargs))
     except HFValidationError:
         raise ValueError(f"`{source}` is neither a folder nor the id of a Hub repository. Check the path.") from None
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
-        raise ValueError(f"`{source}` is not a local folder, and the Hub has no {filename} for it: {error}") from error
+        raise ValueError(
+            f"`{source}` is not a local folder, and the Hub gave no {filename} for it: {error}"
+        ) from error
+    except HTTPError as error:  # a refusal, or a connection that broke off, which is no `OSError`
+        raise OSError(f"The Hub did not give {filename} of `{source}`. {error}") from error
+    _check_download(path)
+    return path
+
+
+def _check_download(path: Path) -> None:
+    """Compare a file in the Hub's cache with the hash that names it there; the client compares sizes alone."""
+    blob = path.resolve()
+    if blob.parent.name != "blobs":  # systems without symbolic links keep no hash
+        return
+    data = blob.read_bytes()
+    git_hash = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    if blob.name not in (hashlib.sha256(data).hexdigest(), git_hash):
+        raise ValueError(
+            f"`{blob}` is damaged: its hash is not the one that the Hub gave. Delete this file to download it again."
+        )
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -11,18 +11,25 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .export import save_as_prompt_tuning
+from .card import CARD_NAME, MODEL_CLASSES, read_results, update_card
+from .checkpoint import locate
+from .export import save_as_prompt_tuning, save_prompt_tensor
 from .inspection import inspect_prompt
 from .plotting import plot_prompt
+from .prefix_tuning import save_as_prefix_tuning
 from .validation import check_adapter, read_adapter_config
+from .vocabulary import save_as_vocabulary
 
 
 @dataclass(frozen=True)
@@ -37,14 +44,6 @@ class Outcome:
 Run = Callable[[Namespace], Outcome]
 Command = Callable[[ArgumentParser], Run]
 
-_MODEL_CLASSES = {
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-}
-
 
 def check_command(parser: ArgumentParser) -> Run:
     """Say whether an adapter is whole, and what it is: kind, format version, base model, sizes.
@@ -53,12 +52,12 @@ def check_command(parser: ArgumentParser) -> Run:
 
     examples:
       peft-residual check adapter
-      peft-residual check someone/some-adapter --json
+      peft-residual check someone/some-adapter --revision v1 --json
     """
     _add_adapter(parser)
 
     def run(options: Namespace) -> Outcome:
-        report = check_adapter(options.adapter)
+        report = check_adapter(options.adapter, **_revision(options))
         return Outcome(str(report), report.to_dict(), code=0 if report.is_whole else 1)
 
     return run
@@ -82,11 +81,13 @@ def inspect_command(parser: ArgumentParser) -> Run:
     parser.add_argument("--plot", metavar="FILE", help="also draw pictures, into a .png, .svg or .pdf file")
 
     def run(options: Namespace) -> Outcome:
-        model, tokenizer = options.adapter, None
-        name = options.base or read_adapter_config(options.adapter).base_model_name_or_path
+        folder, tokenizer = _folder(options), None
+        model: PeftModel | str = folder
+        name = options.base or read_adapter_config(folder).base_model_name_or_path
         if name and not options.no_base:
             try:
-                model, tokenizer = _load_model(options.adapter, name)
+                # A head of another size than the adapter's does not matter for looking at the prompt.
+                model, tokenizer = _load_model(folder, name, ignore_mismatched_sizes=True)
             except (ValueError, OSError) as error:
                 if options.base:
                     raise
@@ -113,15 +114,116 @@ def merge_command(parser: ArgumentParser) -> Run:
     parser.add_argument("--overwrite", action="store_true", help="replace the folder if it holds an adapter")
 
     def run(options: Namespace) -> Outcome:
-        out = save_as_prompt_tuning(options.adapter, options.out, overwrite=options.overwrite)
-        sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
-        lines = [f"{out}", *(f"  {name}: {size:,} bytes" for name, size in sizes.items())]
-        return Outcome("\n".join(lines), {"out": str(out), "sizes": sizes})
+        return _written(save_as_prompt_tuning(_folder(options), options.out, overwrite=options.overwrite))
 
     return run
 
 
-COMMANDS: dict[str, Command] = {"inspect": inspect_command, "merge": merge_command, "check": check_command}
+def export_command(parser: ArgumentParser) -> Run:
+    """Write a prompt in another format, for engines that do not know this package. docs/after-training.md says which.
+
+    prompt-tuning   a plain prompt tuning adapter, as `merge`
+    prefix-tuning   a causal model's prompt as keys and values: a prefix tuning adapter
+    vocabulary      an ordinary checkpoint and tokenizer, with the prompt as new words; says what it will write first
+    tensors         the prompt alone, in a .safetensors, .npy or .pt file
+
+    prefix-tuning and vocabulary need the base model. Without --base, the one that the adapter names is loaded.
+
+    examples:
+      peft-residual export prompt-tuning someone/some-adapter merged --revision v1
+      peft-residual export prefix-tuning adapter prefix --base gpt2
+      peft-residual export vocabulary adapter checkpoint --token-format "<sentiment_{i}>"
+      peft-residual export vocabulary adapter checkpoint --dry-run --json
+      peft-residual export tensors adapter prompt.safetensors
+    """
+    parser.add_argument("format", choices=_EXPORTS)
+    _add_adapter(parser)
+    parser.add_argument("out", help="folder to write; with tensors, a file")
+    parser.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
+    parser.add_argument("--token-format", help="vocabulary: how new words are spelled (default: <task_{i}>)")
+    parser.add_argument("--dry-run", action="store_true", help="vocabulary: only say what would be written")
+    parser.add_argument("--overwrite", action="store_true", help="replace what such an export wrote there before")
+
+    def run(options: Namespace) -> Outcome:
+        if options.format != "vocabulary" and (options.token_format or options.dry_run):
+            parser.error(f"--token-format and --dry-run are for vocabulary, not for {options.format}")
+        if options.format in ("prompt-tuning", "tensors") and options.base:
+            parser.error(f"{options.format} needs no base model: leave --base out")
+        return _EXPORTS[options.format](options)
+
+    return run
+
+
+def card_command(parser: ArgumentParser) -> Run:
+    """Write the model card of an adapter's folder (README.md), or bring it up to date. What you wrote in it stays.
+
+    Metadata, how to load the adapter, hyperparameters, citation; and results: those of --metric, or else the last
+    evaluation of a Trainer's checkpoint.
+
+    examples:
+      peft-residual card adapter --metric accuracy=0.93 --metric f1=0.91
+      peft-residual card output/checkpoint-500
+    """
+    parser.add_argument("adapter", help="folder of the adapter")
+    parser.add_argument("--metric", metavar="NAME=VALUE", type=_metric, action="append", help="a result; repeatable")
+
+    def run(options: Namespace) -> Outcome:
+        results = dict(options.metric or ()) or read_results(options.adapter)
+        path = update_card(options.adapter, results=results)
+        if path is None:
+            raise ValueError(f"`{options.adapter}` has no {CONFIG_NAME}: it is no adapter's folder. Check the path.")
+        return Outcome(str(path), {"card": str(path)})
+
+    return run
+
+
+def push_command(parser: ArgumentParser) -> Run:
+    """Upload an adapter's folder to the Hub: weights, config and model card, which is written if there is none.
+
+    Nothing is uploaded of an adapter that is not whole. The token is that of `hf auth login`, or of HF_TOKEN.
+
+    examples:
+      peft-residual push adapter someone/some-adapter
+      peft-residual push merged someone/some-adapter --revision merged --private
+    """
+    parser.add_argument("adapter", help="folder of the adapter")
+    parser.add_argument("repo_id", help="id on the Hub; the repository is made if there is none")
+    parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
+    parser.add_argument("--revision", help="branch to push to, made if there is none (default: main)")
+
+    def run(options: Namespace) -> Outcome:
+        from huggingface_hub import create_branch, create_repo, upload_folder
+
+        if not os.path.isdir(options.adapter):
+            raise ValueError(f"`{options.adapter}` is no folder. Name the adapter's folder.")
+        report = check_adapter(options.adapter)
+        if not report.is_whole:
+            return Outcome(str(report), report.to_dict(), code=1)
+        if not Path(options.adapter, CARD_NAME).is_file():
+            update_card(options.adapter)
+        repo_id = create_repo(options.repo_id, private=options.private, exist_ok=True).repo_id
+        if options.revision:
+            create_branch(repo_id, branch=options.revision, exist_ok=True)
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, CARD_NAME]
+        try:
+            commit = upload_folder(
+                repo_id=repo_id, folder_path=options.adapter, revision=options.revision, allow_patterns=files
+            )
+        except RuntimeError as error:  # the client's wrapping of whatever ended an upload
+            raise OSError(f"{error} {error.__cause__ or ''} Nothing was committed. Try again.") from error
+        return Outcome(commit.commit_url, {"repo_id": repo_id, "commit": commit.oid, "url": commit.commit_url})
+
+    return run
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": inspect_command,
+    "merge": merge_command,
+    "export": export_command,
+    "check": check_command,
+    "card": card_command,
+    "push": push_command,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         `int`: The exit code. A wrong command line and `--help` end the process instead, as argparse does.
     """
-    parser = ArgumentParser("peft-residual", description="Inspect, merge and check residual prompt tuning adapters.")
+    parser = ArgumentParser(
+        "peft-residual", description="Inspect, export, check and share residual prompt tuning adapters."
+    )
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, command in COMMANDS.items():
         text = inspect.getdoc(command) or ""
@@ -142,9 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command(subparser))
         subparser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
+    from huggingface_hub.errors import HTTPError  # also of connections that break off, which are no `OSError`
+
     try:
         outcome: Outcome = options.run(options)
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, HTTPError) as error:
         _say(f"error: {error}")
         return 1
     text = json.dumps(outcome.values, indent=2, ensure_ascii=False) if options.json else outcome.text
@@ -154,9 +260,87 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _add_adapter(parser: ArgumentParser) -> None:
     parser.add_argument("adapter", help="folder of the adapter, or its id on the Hub")
+    parser.add_argument("--revision", help="branch, tag or commit of the adapter on the Hub (default: main)")
 
 
-def _load_model(adapter: str, name: str) -> tuple[PeftModel, Any]:
+def _revision(options: Namespace) -> dict[str, str]:
+    if options.revision and os.path.isdir(options.adapter):
+        raise ValueError(f"--revision={options.revision} is for ids on the Hub, `{options.adapter}` is a folder.")
+    return {"revision": options.revision} if options.revision else {}
+
+
+def _folder(options: Namespace) -> str:
+    """The folder of the adapter, for an id on the Hub the one in its cache."""
+    revision = _revision(options)
+    if os.path.isdir(options.adapter):
+        return str(options.adapter)
+    locate(options.adapter, SAFETENSORS_WEIGHTS_NAME, **revision)
+    return str(locate(options.adapter, CONFIG_NAME, **revision).parent)
+
+
+def _metric(text: str) -> tuple[str, float]:
+    name, _, value = text.partition("=")
+    if not name:
+        raise ValueError
+    return name, float(value)
+
+
+def _export_prompt_tuning(options: Namespace) -> Outcome:
+    return _written(save_as_prompt_tuning(_folder(options), options.out, overwrite=options.overwrite))
+
+
+def _export_prefix_tuning(options: Namespace) -> Outcome:
+    model, _ = _load_whole_model(options)
+    return _written(save_as_prefix_tuning(model, options.out, overwrite=options.overwrite))
+
+
+def _export_vocabulary(options: Namespace) -> Outcome:
+    model, tokenizer = _load_whole_model(options)
+    if tokenizer is None:
+        raise ValueError("New words need the base model's tokenizer. Save it beside the base model.")
+    spelling = {"token_format": options.token_format} if options.token_format else {}
+    export = save_as_vocabulary(model, tokenizer, options.out, dry_run=True, **spelling)
+    size = f"{export.size:,} bytes to write, {export.free:,} bytes free"
+    values = {
+        "out": str(export.folder),
+        "prefix": export.prefixes["default"],
+        "size": export.size,
+        "free": export.free,
+    }
+    if options.dry_run:
+        return Outcome(f"{export.folder}: {size}", values)
+    _say(size)
+    save_as_vocabulary(model, tokenizer, options.out, overwrite=options.overwrite, **spelling)
+    return Outcome(f"{export.folder}\n  put in front of a text: {export.prefixes['default']}", values)
+
+
+def _export_tensors(options: Namespace) -> Outcome:
+    return _written(save_prompt_tensor(_folder(options), options.out, overwrite=options.overwrite))
+
+
+_EXPORTS: dict[str, Run] = {
+    "prompt-tuning": _export_prompt_tuning,
+    "prefix-tuning": _export_prefix_tuning,
+    "vocabulary": _export_vocabulary,
+    "tensors": _export_tensors,
+}
+
+
+def _written(out: Path) -> Outcome:
+    sizes = {path.name: path.stat().st_size for path in (sorted(out.iterdir()) if out.is_dir() else [out])}
+    lines = [f"{out}", *(f"  {name}: {size:,} bytes" for name, size in sizes.items())]
+    return Outcome("\n".join(lines), {"out": str(out), "sizes": sizes})
+
+
+def _load_whole_model(options: Namespace) -> tuple[PeftModel, Any]:
+    folder = _folder(options)
+    name = options.base or read_adapter_config(folder).base_model_name_or_path
+    if not name:
+        raise ValueError(f"`{options.adapter}` does not name its base model. Name it with --base.")
+    return _load_model(folder, name)
+
+
+def _load_model(adapter: str, name: str, **kwargs: Any) -> tuple[PeftModel, Any]:
     """The adapter on its base model, and the base model's tokenizer or None."""
     import transformers
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
@@ -164,10 +348,9 @@ def _load_model(adapter: str, name: str) -> tuple[PeftModel, Any]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     task_type = read_adapter_config(adapter).task_type
-    model_class = getattr(transformers, _MODEL_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoModel"))
+    model_class = getattr(transformers, MODEL_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoModel"))
     base = model_class.from_pretrained(name, trust_remote_code=False)
-    # A head of another size than the adapter's does not matter for looking at the prompt.
-    model = PeftModel.from_pretrained(base, adapter, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, adapter, **kwargs)
     # Without a saved tokenizer transformers makes an empty one up, for some types of model.
     if not get_tokenizer_config(name):
         _say(f"`{name}` has no tokenizer, so ids in place of words")

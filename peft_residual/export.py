@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import checkpoint, writing
+from . import card, checkpoint, writing
 from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
 from .distributed import is_spread
 from .validation import read_adapter
@@ -65,6 +65,7 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
         embedding = PromptEmbedding(plain_config, model.word_embeddings)
     embedding.embedding.weight = torch.nn.Parameter(prompt.to(encoder.embedding.weight.device))
     embedding.requires_grad_(encoder.is_trainable).train(encoder.training)
+    embedding.trained_as = model.peft_config[adapter_name].to_dict()  # for the model card
     model.prompt_encoder[adapter_name] = embedding
     model.peft_config[adapter_name] = plain_config
 
@@ -93,8 +94,8 @@ def save_as_prompt_tuning(
     Args:
         model_or_adapter_folder ([`~peft.PeftModel`], `str` or `os.PathLike`): A model, or the folder (or Hub id) of a
             saved residual adapter; a folder needs no base model.
-        out (`str` or `os.PathLike`): The folder to write: `adapter_config.json` and `adapter_model.safetensors`, with
-            the prompt `[P, H]` in float32.
+        out (`str` or `os.PathLike`): The folder to write: `adapter_config.json`, a model card, and
+            `adapter_model.safetensors` with the prompt `[P, H]` in float32.
         adapter_name (`str`): Which adapter of a model.
         overwrite (`bool`): Whether to replace a folder that exists.
 
@@ -114,7 +115,7 @@ def save_as_prompt_tuning(
         config, tensors = _read_folder(model_or_adapter_folder)
     plain_config = to_prompt_tuning_config(config)
     plain_config.inference_mode = True
-    return write_adapter(out, plain_config, checkpoint.strip(tensors), overwrite=overwrite)
+    return write_adapter(out, plain_config, checkpoint.strip(tensors), trained_as=config, overwrite=overwrite)
 
 
 def save_prompt_tensor(
@@ -181,13 +182,19 @@ def _read_folder(folder: str | os.PathLike[str]) -> tuple[ResidualPromptTuningCo
 
 
 def write_adapter(
-    out: str | os.PathLike[str], config: PeftConfig, tensors: dict[str, Tensor], *, overwrite: bool
+    out: str | os.PathLike[str],
+    config: PeftConfig,
+    tensors: dict[str, Tensor],
+    *,
+    trained_as: PromptTuningConfig,
+    overwrite: bool,
 ) -> Path:
-    """Write a folder that PEFT loads, `adapter_config.json` and `adapter_model.safetensors`, whole or not at all."""
+    """Write a folder that PEFT loads, whole or not at all; its model card describes the adapter that was trained."""
     out = writing.resolve(out)
     with writing.new_folder(out, marker=CONFIG_NAME, overwrite=overwrite) as folder:
         save_file({k: t.contiguous() for k, t in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
+        card.update_card(folder, trained_as=trained_as.to_dict())
     return out
 
 

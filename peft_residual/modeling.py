@@ -30,7 +30,7 @@ from peft import (
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from . import writing
+from . import card, writing
 from .config import ResidualPromptTuningConfig
 from .distributed import is_spread, whole_state
 from .prompt_cache import PromptCache
@@ -397,10 +397,32 @@ class ResidualPeftModel(PeftModel):
             super().save_pretrained(save_directory, *args, **kwargs)
             return
         with writing.new_adapters(save_directory) as folder:
-            card = os.path.join(save_directory, "README.md")
-            if os.path.isfile(card):  # which PEFT brings up to date
-                shutil.copy(card, folder)
+            old_card = os.path.join(save_directory, card.CARD_NAME)
+            if os.path.isfile(old_card):
+                shutil.copy(old_card, folder)
             super().save_pretrained(str(folder), *args, **kwargs)
+            self.create_or_update_model_card(str(folder))
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the model card of the adapters in a folder, as [`update_card`] does; results in it are dropped.
+
+        PEFT calls this before it writes adapters, where there is nothing to describe yet, and the Trainer after it has
+        written a card of its own. A card whose metadata is damaged is left as it is, with a warning: it is no reason
+        to lose what was trained.
+        """
+        encoders = dict(self.prompt_encoder.named_children())
+        subfolders = [name for name in encoders if name != "default"]
+        merged_from = getattr(encoders.get("default"), "trained_as", None)
+        tags = getattr(self.get_base_model(), "model_tags", None) or ()
+        try:
+            card.update_card(output_dir, subfolders=subfolders, results={}, trained_as=merged_from, tags=tags)
+        except ValueError as error:
+            warnings.warn(f"The model card was not brought up to date. {error}", stacklevel=3)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """Bring the card up to date once more: transformers' `push_to_hub` replaces it by the Hub's or by a form."""
+        self.create_or_update_model_card(str(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _adapters_in(self, state_dict: dict[str, Tensor]) -> list[str]:
         """All adapters, without frozen residual ones that are missing: so Trainer saves under ZeRO-3."""

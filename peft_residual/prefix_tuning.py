@@ -33,8 +33,9 @@ def save_as_prefix_tuning(
 
     Args:
         model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter; unchanged.
-        out (`str` or `os.PathLike`): The folder to write: `adapter_config.json` and `adapter_model.safetensors`, with
-            `[P, layers * 2 * key heads * head width]` numbers in the model's type. It appears whole or not at all.
+        out (`str` or `os.PathLike`): The folder to write: `adapter_config.json`, a model card, and
+            `adapter_model.safetensors` with `[P, layers * 2 * key heads * head width]` numbers in the model's type. It
+            appears whole or not at all.
         adapter_name (`str`): Which adapter of the model.
         overwrite (`bool`): Whether to replace a folder that exists.
 
@@ -77,7 +78,8 @@ def save_as_prefix_tuning(
     # PEFT's order: token by token, layer by layer, key before value, head by head.
     flat = torch.stack([tensor[0].transpose(0, 1) for tensor in keys_and_values], dim=1).reshape(tokens, -1)
     saved = checkpoint.strip(get_peft_model_state_dict(model, adapter_name=adapter_name))
-    return write_adapter(out, prefix_config, {**saved, checkpoint.PROMPT_KEY: flat.cpu()}, overwrite=overwrite)
+    tensors = {**saved, checkpoint.PROMPT_KEY: flat.cpu()}
+    return write_adapter(out, prefix_config, tensors, trained_as=config, overwrite=overwrite)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import tiny_bert, tiny_t5
+from conftest import tiny_bert, tiny_gpt2, tiny_t5
 from peft import PeftModel
 from safetensors.torch import load_file
 from scenarios import SCENARIOS
@@ -128,7 +128,72 @@ def test_merge_writes_a_plain_adapter(run, adapter, base_folder, tmp_path):
     assert run("check", tmp_path / "merged")[0] == 0
 
 
+def test_export_writes_each_format(run, adapter, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "gpt2")
+    base = type(tiny_gpt2()).from_pretrained(tmp_path / "gpt2")
+    SCENARIOS["gpt2"].model(base).save_pretrained(tmp_path / "causal")
+    out = tmp_path / "out"
+    assert run("export", "prompt-tuning", adapter, out / "merged")[0] == 0
+    assert run("merge", adapter, out / "merged-too")[0] == 0
+    weights = [(out / name / "adapter_model.safetensors").read_bytes() for name in ("merged", "merged-too")]
+    assert weights[0] == weights[1]
+    assert run("export", "tensors", adapter, out / "prompt.safetensors")[0] == 0
+    prompt = load_file(out / "prompt.safetensors")["prompt_embeddings"]
+    assert torch.equal(prompt, load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"])
+    assert run("export", "prefix-tuning", tmp_path / "causal", out / "prefix")[0] == 0
+    assert PeftModel.from_pretrained(base, out / "prefix").peft_config["default"].peft_type == "PREFIX_TUNING"
+
+
+def test_export_to_a_vocabulary_says_its_size_first(run, adapter, base_folder, tmp_path):
+    arguments = ("export", "vocabulary", adapter, tmp_path / "checkpoint", "--token-format", "<mood_{i}>")
+    code, out, _ = run(*arguments, "--dry-run")
+    assert code == 0 and re.search(r"[\d,]+ bytes to write, [\d,]+ bytes free", out)
+    assert not (tmp_path / "checkpoint").exists()
+    code, out, err = run(*arguments, "--json")
+    values = json.loads(out)
+    assert code == 0 and values["prefix"].startswith("<mood_0><mood_1>")
+    assert f"{values['size']:,} bytes to write" in err
+    assert (tmp_path / "checkpoint" / "soft_prompts.json").is_file()
+    code, _, err = run(*arguments)
+    assert code == 1 and "exists" in err
+
+
+def test_export_names_the_base_model_that_it_misses(run, adapter, tmp_path):
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": None}))
+    code, _, err = run("export", "vocabulary", adapter, tmp_path / "out")
+    assert code == 1 and "--base" in err and not (tmp_path / "out").exists()
+
+
+def test_card_takes_results_from_the_command_line_or_from_a_checkpoint(run, adapter):
+    assert run("card", adapter, "--metric", "accuracy=0.93", "--metric", "f1=0.5")[0] == 0
+    assert "| accuracy | 0.93 |\n| f1 | 0.5 |" in (adapter / "README.md").read_text()
+    logs = [
+        {"step": 4, "eval_loss": 9.0},
+        {"step": 8, "loss": 3.0},
+        {"step": 8, "eval_loss": 2.5, "eval_runtime": 1.0},
+    ]
+    (adapter / "trainer_state.json").write_text(json.dumps({"global_step": 8, "log_history": logs}))
+    assert run("card", adapter)[0] == 0
+    text = (adapter / "README.md").read_text()
+    assert "| loss | 2.5 |" in text and "accuracy" not in text and "9" not in text.partition("## Results")[2]
+    (adapter / "trainer_state.json").write_text("{}")
+    code, _, err = run("card", adapter)
+    assert code == 1 and "trainer_state.json" in err and (adapter / "README.md").read_text() == text
+
+
+def test_push_of_an_adapter_that_is_not_whole_does_not_reach_for_the_hub(run, adapter):
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    code, out, _ = run("push", adapter, "someone/some-adapter")  # offline: an attempt would be another error
+    assert code == 1 and "NOT WHOLE" in out
+
+
 # --- mistakes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_revision_of_a_folder_is_an_error(run, adapter):
+    code, _, err = run("check", adapter, "--revision", "main")
+    assert code == 1 and "--revision=main" in err
 
 
 @pytest.mark.parametrize("argv", (["inspect"], ["inspect", "--no-base"], ["merge"]))
@@ -149,6 +214,13 @@ def test_an_adapter_that_is_nowhere_is_an_error_in_words(argv, source, run, tmp_
         ["merge", "a"],
         ["inspect", "a", "-k", "many"],
         ["inspect", "a", "--base", "b", "--no-base"],
+        ["export", "onnx", "a", "b"],
+        ["export", "tensors", "a", "b.npy", "--dry-run"],
+        ["export", "prefix-tuning", "a", "b", "--token-format", "<{i}>"],
+        ["export", "prompt-tuning", "a", "b", "--base", "c"],
+        ["card", "a", "--metric", "accuracy"],
+        ["card", "a", "--metric", "=0.5"],
+        ["push", "a"],
     ),
 )
 def test_a_wrong_command_line_returns_2_and_the_usage(argv, capsys):
