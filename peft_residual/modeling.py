@@ -14,7 +14,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,6 +30,16 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from . import card, writing
+from .batch import (
+    BatchPrompt,
+    extend,
+    extend_mask,
+    extend_positions,
+    padding_first,
+    positions_of,
+    refuse_packing,
+    reorder,
+)
 from .config import ResidualPromptTuningConfig
 from .distributed import is_spread, whole_state
 from .prompt_cache import PromptCache
@@ -39,29 +48,6 @@ from .prompt_cache import PromptCache
 Inputs = dict[str, Any]
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
-
-
-@dataclass(frozen=True)
-class BatchPrompt:
-    """The prompts of a batch: `B` rows, `P` the length of the longest prompt, `H` the width.
-
-    Args:
-        embeds (`torch.Tensor`): `[B, P, H]`; shorter prompts stand at the end of their row, behind filler.
-        lengths (`torch.Tensor`, *optional*): `[B]`, int64, where they differ; None when all have `P`.
-        is_shared (`bool`): Whether all rows have the active adapter's prompt.
-    """
-
-    embeds: Tensor
-    lengths: Tensor | None = None
-    is_shared: bool = False
-
-    @property
-    def filler(self) -> Tensor:
-        """Which positions hold no prompt: `[B, P]`, bool."""
-        rows, length = self.embeds.shape[:2]
-        if self.lengths is None:
-            return torch.zeros(rows, length, dtype=torch.bool, device=self.embeds.device)
-        return torch.arange(length, device=self.embeds.device) < (length - self.lengths).unsqueeze(1)
 
 
 class ResidualPeftModel(PeftModel):
@@ -176,15 +162,15 @@ class ResidualPeftModel(PeftModel):
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
         inputs["inputs_embeds"] = torch.cat([prompt.embeds.to(embeds), embeds], dim=1)
         if mask is not None:
-            inputs["attention_mask"] = _extend_mask(mask, prompt)
+            inputs["attention_mask"] = extend_mask(mask, prompt)
         if inputs.get("token_type_ids") is not None:
             if self.keeps_token_type_ids:
-                inputs["token_type_ids"] = _extend(inputs["token_type_ids"], length, 0, "token_type_ids")
+                inputs["token_type_ids"] = extend(inputs["token_type_ids"], length, 0, "token_type_ids")
             else:
                 warnings.warn(f"{type(self).__name__} does not use `token_type_ids`; they are dropped.", stacklevel=2)
                 del inputs["token_type_ids"]
         if self.has_token_labels and inputs.get("labels") is not None:
-            inputs["labels"] = _extend(inputs["labels"], length, -100, "labels")
+            inputs["labels"] = extend(inputs["labels"], length, -100, "labels")
         if not self.reads_left_to_right():
             # Bidirectional models number positions in ways of their own (RoBERTa starts at 2): leave it to them.
             if position_ids is not None:
@@ -194,12 +180,12 @@ class ResidualPeftModel(PeftModel):
                 self._reorder(inputs, filler.argsort(dim=1, stable=True))
             return inputs
         if position_ids is not None:
-            _refuse_packing(position_ids, mask)
-            inputs["position_ids"] = _extend_positions(position_ids.expand(embeds.shape[0], -1), prompt)
+            refuse_packing(position_ids, mask)
+            inputs["position_ids"] = extend_positions(position_ids.expand(embeds.shape[0], -1), prompt)
         if mask is not None:
-            self._reorder(inputs, _padding_first(self.padding_to_move(mask), length))
+            self._reorder(inputs, padding_first(self.padding_to_move(mask), length))
             if position_ids is None and _accepts_position_ids(self.base_model):
-                inputs["position_ids"] = _positions(inputs["attention_mask"])
+                inputs["position_ids"] = positions_of(inputs["attention_mask"])
         return inputs
 
     def _reorder(self, inputs: Inputs, order: Tensor) -> None:
@@ -207,7 +193,7 @@ class ResidualPeftModel(PeftModel):
         names = ["inputs_embeds", "attention_mask", "position_ids", "token_type_ids"]
         for name in names + ["labels"] * self.has_token_labels:
             if inputs.get(name) is not None:
-                inputs[name] = _reorder(inputs[name], order)
+                inputs[name] = reorder(inputs[name], order)
 
     def without_prompt(self, run: Any, prompt: BatchPrompt, inputs: Inputs, names: tuple[str, ...]) -> Any:
         """Run, and cut the prompt's positions off the named outputs, so that outputs and inputs line up."""
@@ -222,7 +208,7 @@ class ResidualPeftModel(PeftModel):
                 outputs[name] = output[:, start:].contiguous()
             else:
                 index = start.unsqueeze(1) + torch.arange(length, device=output.device)
-                outputs[name] = _reorder(output, index)
+                outputs[name] = reorder(output, index)
         return outputs if return_dict else outputs.to_tuple()
 
     def text_start(self, prompt: BatchPrompt) -> int | Tensor:
@@ -512,7 +498,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         return {
             **{name: value for name, value in inputs.items() if name != "input_ids"},
             "inputs_embeds": torch.cat([prompt.embeds.to(embeds), embeds], dim=1),
-            "attention_mask": _extend_mask(mask, prompt),
+            "attention_mask": extend_mask(mask, prompt),
             "past_key_values": cache,
         }
 
@@ -541,20 +527,20 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         length = prompt.embeds.shape[1]
         behind["inputs_embeds"] = behind["inputs_embeds"][:, length:]
         if _accepts_position_ids(self.base_model):
-            behind["position_ids"] = _positions(behind["attention_mask"])[:, length:]
+            behind["position_ids"] = positions_of(behind["attention_mask"])[:, length:]
         return self.base_model(**behind)
 
     def _behind_cache(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         inputs, length = dict(inputs), prompt.embeds.shape[1]
         position_ids, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
         if mask is not None:
-            order = _padding_first(self.padding_to_move(mask), length)
-            inputs["attention_mask"] = _reorder(_extend_mask(mask, prompt), order)
+            order = padding_first(self.padding_to_move(mask), length)
+            inputs["attention_mask"] = reorder(extend_mask(mask, prompt), order)
             if position_ids is None and _accepts_position_ids(self.base_model):
                 new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-                inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
+                inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -new.shape[1] :]
         if position_ids is not None:
-            inputs["position_ids"] = _extend_positions(position_ids, prompt)[:, length:]
+            inputs["position_ids"] = extend_positions(position_ids, prompt)[:, length:]
         return inputs
 
     def prompted_generate(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
@@ -697,32 +683,6 @@ def _run_per_row(
     return torch.stack(rows)
 
 
-def _extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
-    """Put `length` columns of `value` in front of a `[B, L]` tensor."""
-    if not isinstance(tensor, Tensor) or tensor.ndim != 2:
-        got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-        raise ValueError(f"`{name}` must be a tensor of two dimensions (rows, tokens), got {got}. Pass it like that.")
-    return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
-
-
-def _extend_mask(mask: Tensor, prompt: BatchPrompt) -> Tensor:
-    """Put the prompt's own mask in front: `[B, P + L]`."""
-    extended = _extend(mask, prompt.embeds.shape[1], 1, "attention_mask")
-    if prompt.lengths is not None:
-        extended[:, : prompt.embeds.shape[1]].masked_fill_(prompt.filler, 0)
-    return extended
-
-
-def _extend_positions(position_ids: Tensor, prompt: BatchPrompt) -> Tensor:
-    """Count the prompt in front: `[B, P + L]`."""
-    rows, length = prompt.embeds.shape[:2]
-    own = torch.arange(length, device=position_ids.device).expand(rows, -1)
-    if prompt.lengths is None:
-        return torch.cat([own, position_ids + length], dim=1)
-    lengths = prompt.lengths.unsqueeze(1)
-    return torch.cat([(own - length + lengths).clamp(min=0), position_ids + lengths], dim=1)
-
-
 def _accepts_position_ids(base_model: Any) -> bool:
     base_model = getattr(base_model, "_orig_mod", base_model)  # a compiled model takes anything
     return "position_ids" in inspect.signature(type(base_model).forward).parameters
@@ -735,43 +695,8 @@ def _setting(name: str, inputs: Inputs, base_model: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _positions(mask: Tensor) -> Tensor:
-    """Positions that count neither padding in front of the text nor gaps in it; same shape as the mask.
-
-    Padding behind the text goes on counting, as it does without a mask.
-    """
-    behind_text = mask.flip(-1).cumsum(-1).flip(-1) == 0
-    skipped = (mask == 0) & ~behind_text
-    return (torch.arange(mask.shape[1], device=mask.device) - skipped.long().cumsum(-1)).clamp(min=0)
-
-
 def _model_type(base_model: Any) -> str | None:
     return getattr(getattr(base_model, "config", None), "model_type", None)
-
-
-def _padding_first(moved: Tensor, length: int) -> Tensor:
-    """The order `[B, P + L]` that brings what is moved to the front, before the prompt and the rest."""
-    return _extend(~moved, length, True, "attention_mask").long().argsort(dim=1, stable=True)
-
-
-def _reorder(tensor: Tensor, order: Tensor) -> Tensor:
-    """Take columns of a `[B, P + L]` or `[B, P + L, H]` tensor in the given order, row by row."""
-    if tensor.ndim == 3:
-        order = order.unsqueeze(-1).expand(-1, -1, tensor.shape[-1])
-    return tensor.gather(1, order)
-
-
-def _refuse_packing(position_ids: Tensor, mask: Tensor | None) -> None:
-    if torch.compiler.is_compiling():
-        return
-    restarts = position_ids.diff(dim=-1) <= 0
-    if mask is not None:
-        restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
-    if restarts.any():
-        raise ValueError(
-            "`position_ids` restart within a row: several texts are packed into it, and only the first would stand "
-            "behind the prompt. Turn packing off (`packing=False`, `padding_free=False`)."
-        )
 
 
 def _count_new_tokens(inputs: Inputs, base_model: Any, text_length: int) -> None:
