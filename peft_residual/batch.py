@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 
+NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
+
+
 @dataclass(frozen=True)
 class BatchPrompt:
     """The prompts of a batch: `B` rows, `P` the length of the longest prompt, `H` the width.

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from . import card, writing
 from .batch import (
+    NO_ADAPTER,
     BatchPrompt,
     extend,
     extend_mask,
@@ -46,8 +47,6 @@ from .prompt_cache import PromptCache
 
 
 Inputs = dict[str, Any]
-
-NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
 
 
 class ResidualPeftModel(PeftModel):

@@ -16,6 +16,7 @@ from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
 from . import writing
+from .batch import NO_ADAPTER
 from .export import evaluating, get_prompt_tensor, is_close, require_adapter
 
 
@@ -23,7 +24,6 @@ logger = logging.getLogger(__name__)
 
 PROMPTS_NAME = "soft_prompts.json"
 LOGIT_BIAS_NAME = "logit_bias.json"
-NO_PROMPT = "__base__"
 # Texts that must be tokenized behind a prompt as they are alone. None starts with a space: see `_find_prefixes`.
 PROBES = ("the food was great", "a", "42 + 1 = 43", "¿Qué? Così!", "def f(x):\n    return x", "Hello, World.")
 
@@ -216,7 +216,7 @@ def _find_prefixes(tokenizer: Any, extended: Any, token_ids: dict[str, list[int]
     for separator in ("", " "):
         ends = leading + separator
         prefixes = {name: "".join(extended.convert_ids_to_tokens(ids)) + ends for name, ids in token_ids.items()}
-        prefixes[NO_PROMPT] = ends if leading else ""
+        prefixes[NO_ADAPTER] = ends if leading else ""
         if _reads_alike(tokenizer, extended, prefixes, token_ids):
             return prefixes
     raise ValueError(

@@ -39,7 +39,7 @@ MAY_IMPORT = {
     "training_setup": {"distributed", "encoder", "modeling", "optimization"},
     "export": {"card", "checkpoint", "config", "distributed", "validation", "writing"},
     "prefix_tuning": {"checkpoint", "export"},
-    "vocabulary": {"export", "writing"},
+    "vocabulary": {"batch", "export", "writing"},
     "serving": {"export"},
     "inspection": {"checkpoint", "config", "encoder", "export", "initialization", "validation"},
     "plotting": {"inspection"},
