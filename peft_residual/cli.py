@@ -251,7 +251,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         outcome: Outcome = options.run(options)
     except (ValueError, OSError, ImportError, HTTPError) as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}".replace("`overwrite=True`", "--overwrite"))
         return 1
     text = json.dumps(outcome.values, indent=2, ensure_ascii=False) if options.json else outcome.text
     sys.stdout.write(text + "\n")

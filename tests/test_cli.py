@@ -122,7 +122,7 @@ def test_merge_writes_a_plain_adapter(run, adapter, base_folder, tmp_path):
     prompt = PeftModel.from_pretrained(base, tmp_path / "merged").get_prompt_embedding_to_save("default")
     assert torch.equal(prompt, load_file(adapter / "adapter_model.safetensors")["prompt_embeddings"])
     code, _, err = run("merge", adapter, tmp_path / "merged")
-    assert code == 1 and "exists" in err
+    assert code == 1 and "exists" in err and "pass --overwrite to replace it" in err
     code, out, _ = run("merge", adapter, tmp_path / "merged", "--overwrite", "--json")
     assert code == 0 and json.loads(out)["out"] == str(tmp_path / "merged")
     assert run("check", tmp_path / "merged")[0] == 0
@@ -155,7 +155,7 @@ def test_export_to_a_vocabulary_says_its_size_first(run, adapter, base_folder, t
     assert f"{values['size']:,} bytes to write" in err
     assert (tmp_path / "checkpoint" / "soft_prompts.json").is_file()
     code, _, err = run(*arguments)
-    assert code == 1 and "exists" in err
+    assert code == 1 and "exists" in err and "pass --overwrite to replace it" in err
 
 
 def test_export_names_the_base_model_that_it_misses(run, adapter, tmp_path):
