@@ -29,11 +29,11 @@ class BatchPrompt:
     is_shared: bool = False
 
     @property
-    def filler(self) -> Tensor:
-        """Which positions hold no prompt: `[B, P]`, bool."""
-        rows, length = self.embeds.shape[:2]
+    def filler(self) -> Tensor | None:
+        """Which positions hold no prompt: `[B, P]`, bool; None where all hold one."""
         if self.lengths is None:
-            return torch.zeros(rows, length, dtype=torch.bool, device=self.embeds.device)
+            return None
+        length = self.embeds.shape[1]
         return torch.arange(length, device=self.embeds.device) < (length - self.lengths).unsqueeze(1)
 
 
@@ -47,9 +47,10 @@ def extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
 
 def extend_mask(mask: Tensor, prompt: BatchPrompt) -> Tensor:
     """Put the prompt's own mask in front: `[B, P + L]`."""
-    extended = extend(mask, prompt.embeds.shape[1], 1, "attention_mask")
-    if prompt.lengths is not None:
-        extended[:, : prompt.embeds.shape[1]].masked_fill_(prompt.filler, 0)
+    length, filler = prompt.embeds.shape[1], prompt.filler
+    extended = extend(mask, length, 1, "attention_mask")
+    if filler is not None:
+        extended[:, :length].masked_fill_(filler, 0)
     return extended
 
 

@@ -98,13 +98,17 @@ class PromptReport:
             return None
         return torch.searchsorted(self.vocabulary_norms, self.norms) / len(self.vocabulary_norms)
 
+    @property
+    def vocabulary_norm_quantiles(self) -> dict[str, float] | None:
+        """Norms of the vocabulary's shortest row, of its median, its longest, and between; None without one."""
+        if self.vocabulary_norms is None:
+            return None
+        at = [0.0, 0.05, 0.5, 0.95, 1.0]
+        index = (torch.tensor(at) * (len(self.vocabulary_norms) - 1)).round().long()
+        return dict(zip(map(str, at), self.vocabulary_norms[index].tolist()))
+
     def to_dict(self) -> dict[str, Any]:
         """All but the prompts themselves, as JSON can hold it; of the vocabulary's norms, five quantiles."""
-        quantiles = {}
-        if self.vocabulary_norms is not None:
-            at = [0.0, 0.05, 0.5, 0.95, 1.0]
-            index = (torch.tensor(at) * (len(self.vocabulary_norms) - 1)).round().long()
-            quantiles = dict(zip(map(str, at), self.vocabulary_norms[index].tolist()))
         return {
             "name": self.name,
             "num_virtual_tokens": len(self.projected),
@@ -112,7 +116,7 @@ class PromptReport:
             "norms": self.norms.tolist(),
             "raw_norms": _to_list(self.raw_norms),
             "norm_ranks": _to_list(self.norm_ranks),
-            "vocabulary_norm_quantiles": quantiles or None,
+            "vocabulary_norm_quantiles": self.vocabulary_norm_quantiles,
             "network_share": _to_list(self.network_share),
             "distance_from_start": _to_list(self.distance_from_start),
             "no_start": self.no_start,
@@ -154,9 +158,10 @@ class PromptReport:
 
     def _caption(self) -> list[str]:
         lines = [f"{self.name}: {len(self.projected)} virtual tokens of width {self.projected.shape[1]}"]
-        if self.vocabulary_norms is not None:
-            middle = self.vocabulary_norms[len(self.vocabulary_norms) // 2]
-            lines.append(f"Rows of the vocabulary: {len(self.vocabulary_norms):,}, median norm {middle:.2f}.")
+        quantiles = self.vocabulary_norm_quantiles
+        if self.vocabulary_norms is not None and quantiles is not None:
+            rows = len(self.vocabulary_norms)
+            lines.append(f"Rows of the vocabulary: {rows:,}, median norm {quantiles['0.5']:.2f}.")
         if self.no_start:
             lines.append(f"Distance from the start is not known: {self.no_start}")
         return [*lines, *_LEGEND]
@@ -207,6 +212,7 @@ def inspect_prompt(
     Raises:
         ValueError: If there is no such adapter, it is damaged, or `k` is below 1.
     """
+    _check_k(k)
     vocabulary_norms, start, nearest = None, None, {}
     if isinstance(model_or_adapter_folder, PeftModel):
         model = model_or_adapter_folder
@@ -259,8 +265,7 @@ def nearest_tokens(
     Raises:
         ValueError: If there is no such adapter, or `k` is below 1.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"`k` must be an integer of at least 1, got {k!r}.")
+    _check_k(k)
     _, _, projected, raw = _of_model(model, adapter_name)
     prompts = {"projected": projected} if raw is None else {"projected": projected, "raw": raw}
     table = model.word_embeddings
@@ -281,6 +286,11 @@ def nearest_tokens(
         tokens = [_in_words(tokenizer, of_token) for of_token in ids.tolist()]
         found[name][metric] = NearestTokens(name, metric, ids, values if metric == "cosine" else -values, rows, tokens)
     return found
+
+
+def _check_k(k: Any) -> None:
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"`k` must be an integer of at least 1, got {k!r}.")
 
 
 def _of_model(model: PeftModel, adapter_name: str) -> tuple[str, PromptTuningConfig, Tensor, Tensor | None]:

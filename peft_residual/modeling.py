@@ -86,7 +86,7 @@ class ResidualPeftModel(PeftModel):
         if self._adapters_disabled:
             return self.base_model(**inputs)
         with self.heads_per_row(adapter_names):
-            return self.prompted_forward(self.batch_prompt(_batch_size(inputs), adapter_names), inputs)
+            return self.prompted_forward(self.batch_prompt(_text(inputs).shape[0], adapter_names), inputs)
 
     def batch_prompt(self, batch_size: int, adapter_names: Sequence[str] | None = None) -> BatchPrompt:
         """The prompts of a batch: the active adapter's for all rows, or one per row by name.
@@ -152,8 +152,6 @@ class ResidualPeftModel(PeftModel):
         inputs = dict(inputs)
         input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
         if embeds is None:
-            if input_ids is None:
-                raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
             embeds = self.word_embeddings(input_ids)
         length = prompt.embeds.shape[1]
         mask, position_ids = inputs.get("attention_mask"), inputs.pop("position_ids", None)
@@ -174,9 +172,10 @@ class ResidualPeftModel(PeftModel):
             # Bidirectional models number positions in ways of their own (RoBERTa starts at 2): leave it to them.
             if position_ids is not None:
                 warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
-            if prompt.lengths is not None:  # the prompt must start at the first position: filler goes to the end
-                filler = nn.functional.pad(prompt.filler.long(), (0, embeds.shape[1]))
-                self._reorder(inputs, filler.argsort(dim=1, stable=True))
+            filler = prompt.filler
+            if filler is not None:  # the prompt must start at the first position: filler goes to the end
+                order = nn.functional.pad(filler.long(), (0, embeds.shape[1])).argsort(dim=1, stable=True)
+                self._reorder(inputs, order)
             return inputs
         if position_ids is not None:
             refuse_packing(position_ids, mask)
@@ -536,8 +535,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
             order = padding_first(self.padding_to_move(mask), length)
             inputs["attention_mask"] = reorder(extend_mask(mask, prompt), order)
             if position_ids is None and _accepts_position_ids(self.base_model):
-                new = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
-                inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -new.shape[1] :]
+                inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -_text(inputs).shape[1] :]
         if position_ids is not None:
             inputs["position_ids"] = extend_positions(position_ids, prompt)[:, length:]
         return inputs
@@ -635,11 +633,14 @@ for _peft_class, _class in RESIDUAL_MODEL_CLASSES.items():
     _class.__name__ = _peft_class.__name__
 
 
-def _batch_size(inputs: Inputs) -> int:
-    given = inputs.get("input_ids") if inputs.get("input_ids") is not None else inputs.get("inputs_embeds")
+def _text(inputs: Inputs) -> Tensor:
+    """The text as it was given: `input_ids` `[B, L]` or `inputs_embeds` `[B, L, H]`."""
+    given = inputs.get("input_ids")
+    if given is None:
+        given = inputs.get("inputs_embeds")
     if given is None:
         raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
-    return int(given.shape[0])
+    return given
 
 
 # Settings of `generate` under which it goes on from a cache that it is given, one row for each of the input.
@@ -658,10 +659,9 @@ def _is_about_the_text(inputs: Inputs) -> bool:
     """Whether a forward pass asks for nothing that the prompt's own positions would be part of."""
     kept = inputs.get("logits_to_keep")
     others = ("labels", "output_hidden_states", "output_attentions")
-    text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
     return (
         isinstance(kept, int)
-        and 0 < kept <= text.shape[1]
+        and 0 < kept <= _text(inputs).shape[1]
         and not any(inputs.get(name) is not None for name in others)
     )
 

@@ -141,12 +141,15 @@ def watch_learning_rate(encoder: ResidualPromptEncoder) -> None:
 
 
 def _warn_of_small_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if not _unseen or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    watched = [encoder for encoder in list(_unseen) if encoder.is_trainable]
+    if not watched:
         return
     rates = {
         id(p): group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups for p in group["params"]
     }
-    for encoder in list(_unseen):
+    for encoder in watched:
         prompt = encoder.embedding.weight
         if id(prompt) not in rates:
             continue

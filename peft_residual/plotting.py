@@ -113,8 +113,9 @@ def plot_norms(report: PromptReport, axes: Any = None) -> Figure:
     for index, (label, norms, color) in enumerate(bars):
         places = torch.arange(len(norms)) + (index + 0.5) * width - 0.4
         axes.bar(places, norms, width, color=color, label=label, zorder=2)
-    if report.vocabulary_norms is not None:
-        low, middle, high = torch.quantile(report.vocabulary_norms, torch.tensor([0.05, 0.5, 0.95])).tolist()
+    quantiles = report.vocabulary_norm_quantiles
+    if quantiles is not None:
+        low, middle, high = (quantiles[share] for share in ("0.05", "0.5", "0.95"))
         axes.axhspan(low, high, color=_WORDS, alpha=0.2, linewidth=0, label="words, 5 to 95 %")
         axes.axhline(middle, color=_WORDS, linewidth=1, label="words, median")
     axes.set(title="Length of the virtual tokens", xlabel="virtual token", ylabel="Euclidean norm")

@@ -258,7 +258,8 @@ def check_adapter(source: str | os.PathLike[str], **hub_kwargs: Any) -> AdapterR
         path = checkpoint.locate(source, CONFIG_NAME, **hub_kwargs)
         sizes[CONFIG_NAME] = path.stat().st_size
         values = checkpoint.read_config(path)
-        config = read_adapter_config(source, **hub_kwargs)
+        with naming(path):
+            config = _parse_config(values)
     except (ValueError, OSError) as error:
         findings.append(str(error))
     try:

@@ -104,6 +104,12 @@ def test_a_number_of_neighbours_that_cannot_be_is_refused(k, model):
         inspect_prompt(model, k=k)
 
 
+def test_a_number_of_neighbours_is_checked_for_a_folder_too(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="`k` must be an integer of at least 1, got 0"):
+        inspect_prompt(tmp_path, k=0)
+
+
 # --- norms, share, similarity ----------------------------------------------------------------------------------------
 
 
