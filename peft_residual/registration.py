@@ -181,8 +181,9 @@ def _load_adapter(
                 if adapter_name in model.peft_config:
                     model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
                 raise
-    for parameter in trained:  # PEFT has frozen the heads of the adapter that is being trained
-        parameter.requires_grad_(True)
+            finally:
+                for parameter in trained:  # PEFT has frozen the heads of the adapter that is being trained
+                    parameter.requires_grad_(True)
     if is_trainable:
         model.peft_config[adapter_name].inference_mode = False
         if adapter_name == model.active_adapter:

@@ -185,7 +185,8 @@ def _check_gradients(model: ResidualPeftModel, encoder: ResidualPromptEncoder) -
 
 @torch.no_grad()
 def _check_norm(model: ResidualPeftModel) -> Iterator[Finding]:
-    prompt = _active_encoder(model).project().norm(dim=1).median().item()
+    # As it is saved: without dropout, which would also advance the random state of the training to come.
+    prompt = model.get_prompt_embedding_to_save(model.active_adapter).norm(dim=1).median().item()
     weight = model.word_embeddings.weight
     ids = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // VOCABULARY_SAMPLE), device=weight.device)
     vocabulary = model.word_embeddings(ids).float().norm(dim=1).median().item()

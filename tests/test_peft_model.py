@@ -658,3 +658,18 @@ def test_loading_another_adapter_leaves_the_one_that_is_trained_trainable(tmp_pa
     assert any("classifier" in name for name in trainable)
     model.load_adapter(tmp_path, adapter_name="other")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+def test_a_load_that_fails_leaves_the_trained_adapter_trainable(tmp_path, monkeypatch):
+    scenario = SCENARIOS["bert-sequence"]
+    scenario.model().save_pretrained(tmp_path)
+    model = scenario.model()
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+
+    def fail(*args, **kwargs):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("peft.peft_model.set_peft_model_state_dict", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        model.load_adapter(tmp_path, adapter_name="other")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable

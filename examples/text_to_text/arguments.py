@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 from embedded.tasks import MODEL
 from text_to_text.interruption import is_whole
+
+
+NETWORK = ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_learning_rate")
+UNUSED = {"prompt_tuning": NETWORK, "fine_tuning": ("num_virtual_tokens", *NETWORK)}
 
 
 def about(text: str) -> dict[str, str]:
@@ -63,9 +67,13 @@ class Arguments:
             self.max_train_samples, self.max_eval_samples, self.num_epochs = 32, 16, 2
         self.output_dir = self.output_dir or Path("build/text_to_text") / self.task / self.method
         positive = "learning_rate", "k_per_class", "max_train_samples", "max_eval_samples", "num_epochs", "patience"
-        for name in (*positive, "batch_size", "eval_batch_size", "num_virtual_tokens"):
+        for name in (*positive, "batch_size", "eval_batch_size", "num_virtual_tokens", "encoder_learning_rate"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:  # NaN is refused too
                 raise ValueError(f"`{name}` must be above 0, got {getattr(self, name)}.")
+        defaults = {option.name: option.default for option in fields(self)}
+        for name in UNUSED.get(self.method, ()):
+            if getattr(self, name) != defaults[name]:
+                raise ValueError(f"`{name}` has no effect with `method` {self.method}. Leave it out.")
         if self.max_source_length < self.num_virtual_tokens + 2:
             raise ValueError(
                 f"`max_source_length` {self.max_source_length} leaves no room for text beside "
