@@ -6,8 +6,8 @@
 |---|---|
 | `prompt_embeddings` | the projected prompt `[P, H]`, float32: PEFT's own key, all that inference needs |
 | `residual_prompt_tuning.format_version` | integer, no dimensions |
-| `residual_prompt_tuning.embedding.weight` | the raw prompt `[P, H]` |
-| `residual_prompt_tuning.network.*` | the weights of the network |
+| `residual_prompt_tuning.embedding.weight` | the raw prompt `[P, H]`; for SUPERPOS the weights `[P, M]` |
+| `residual_prompt_tuning.network.*` | the weights of the network; for SUPERPOS the frozen `rows` `[M, H]` |
 
 Files are read as safetensors (or `.npy` without objects); nothing is unpickled.
 """

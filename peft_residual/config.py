@@ -39,8 +39,10 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
     Args:
         num_virtual_tokens (`int`): Prompt length `P`.
         encoder_reparameterization_type (`str`): The network `φ`: `"MLP1"`, `"MLP2"`, `"LSTM1"`, `"LSTM2"`, `"LSTM"`,
-            `"TRANSFORMER"`, `"NONE"` (plain prompt tuning), or a name added by [`register_reparameterization`].
-        encoder_hidden_size (`int`): Width of the network's hidden layer (the bottleneck `M`).
+            `"TRANSFORMER"`, `"SUPERPOS"` (no `E`: each token is a trained weighted sum of frozen rows of the
+            vocabulary), `"NONE"` (plain prompt tuning), or a name added by [`register_reparameterization`].
+        encoder_hidden_size (`int`): Width of the network's hidden layer (the bottleneck `M`). For `"SUPERPOS"`, how
+            many rows it mixes: 128 in its paper.
         encoder_shared (`bool`): One network for all virtual tokens, or one per token (MLP1 and MLP2).
         encoder_residual (`bool`): Whether to add the raw prompt to the network's output (the skip).
         encoder_layer_norm (`bool`): Whether the network ends in a LayerNorm, before the skip is added.
@@ -72,9 +74,14 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
     )
     encoder_reparameterization_type: str = field(
         default="MLP1",
-        metadata=_help("The network: MLP1, MLP2, LSTM1, LSTM2, LSTM, TRANSFORMER, NONE, or a registered name."),
+        metadata=_help(
+            "The network: MLP1, MLP2, LSTM1, LSTM2, LSTM, TRANSFORMER, SUPERPOS, NONE, or a registered name."
+        ),
     )
-    encoder_hidden_size: int = field(default=800, metadata=_help("Width of the network's hidden layer, M."))
+    encoder_hidden_size: int = field(
+        default=800,
+        metadata=_help("Width of the network's hidden layer, M; rows that SUPERPOS mixes (its paper: 128)."),
+    )
     encoder_shared: bool = field(
         default=True, metadata=_help("True: one network for all virtual tokens. False: one per token (MLP1, MLP2).")
     )
@@ -136,6 +143,27 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
     def total_virtual_tokens(self) -> int:
         """Rows of the prompt: `num_virtual_tokens` times `num_transformer_submodules` (1 unless set)."""
         return self.num_virtual_tokens * (self.num_transformer_submodules or 1)
+
+    @property
+    def has_skip(self) -> bool:
+        """Whether the raw prompt is added to the network's output: if asked for, and the network has that option."""
+        entry = REPARAMETERIZATIONS[self.encoder_reparameterization_type]
+        return self.encoder_residual and "encoder_residual" not in entry.unused_fields
+
+    @property
+    def mixes_vocabulary(self) -> bool:
+        """Whether the raw prompt holds weights `[P, M]` for `M` frozen rows of the vocabulary, as for `"SUPERPOS"`."""
+        return REPARAMETERIZATIONS[self.encoder_reparameterization_type].mixes_vocabulary
+
+    @property
+    def raw_width(self) -> int:
+        """Columns of the raw prompt: `token_dim`, or one for each row that is mixed."""
+        return self.encoder_hidden_size if self.mixes_vocabulary else self.token_dim
+
+    @property
+    def num_start_rows(self) -> int:
+        """Rows of width `token_dim` that a start makes: one for each virtual token, or the rows that are mixed."""
+        return self.encoder_hidden_size if self.mixes_vocabulary else self.total_virtual_tokens
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`, with `peft_type` `RESIDUAL_PROMPT_TUNING`."""
@@ -236,6 +264,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init))
         init = self.prompt_tuning_init
         INITIALIZATIONS[init]
+        if self.mixes_vocabulary and init not in ("COMMON_VOCAB", "SAMPLE_VOCAB"):
+            raise ValueError(
+                f"encoder_reparameterization_type={self.encoder_reparameterization_type!r} mixes rows of the "
+                f"vocabulary, and prompt_tuning_init={init!r} draws none. Use 'COMMON_VOCAB' or 'SAMPLE_VOCAB'."
+            )
         self._check_positive_int("init_vocab_size")
         seed = self.prompt_tuning_init_seed
         if seed is not None and (type(seed) is not int or not 0 <= seed < 2**64):

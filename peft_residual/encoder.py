@@ -44,7 +44,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
         word_embeddings (`torch.nn.Module`): The base model's word embedding module; read once, for the start.
 
     **Attributes**:
-        - **embedding** (`torch.nn.Embedding`) -- The raw prompt `E`, `embedding.weight` of shape `[P, H]`, float32.
+        - **embedding** (`torch.nn.Embedding`) -- The raw prompt `E`, `embedding.weight` of shape `[P, H]`, float32;
+          for a network that mixes `M` rows of the vocabulary, their weights `[P, M]`.
         - **network** (`torch.nn.Module`) -- The network `φ`.
 
     Raises:
@@ -72,9 +73,12 @@ class ResidualPromptEncoder(BasePromptEncoder):
                 self.network = build_network(config)
             # In inference mode the weights come from a checkpoint, and the start's sources may be gone.
             if config.inference_mode:
-                raw = torch.zeros(config.total_virtual_tokens, config.token_dim)
+                raw = torch.zeros(config.total_virtual_tokens, config.raw_width)
             else:
                 raw = initialize_prompt(config, word_embeddings, generator)
+                if config.mixes_vocabulary:  # token i starts as row i, from the first again after the last
+                    self.network.get_buffer("rows").copy_(raw)
+                    raw = nn.functional.one_hot(torch.arange(config.total_virtual_tokens) % len(raw), len(raw)).float()
             self.embedding = nn.Embedding.from_pretrained(raw, freeze=False)
         self.register_buffer("_projected", None, persistent=False)
         self._projected_key: tuple[tuple[int, int, int], ...] = ()
@@ -229,9 +233,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
 
 def _add_skip(config: ResidualPromptTuningConfig, raw: Tensor, output: Tensor) -> Tensor:
-    if config.encoder_reparameterization_type == "NONE":
-        return output
-    return raw + output if config.encoder_residual else output
+    return raw + output if config.has_skip else output
 
 
 @torch.no_grad()

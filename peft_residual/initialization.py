@@ -1,7 +1,8 @@
 """Ways to start a prompt: small functions, randomness in as a generator, `[P, H]` in float32 on the CPU out.
 
-Letters used below: `P` virtual tokens, `H` width of the embeddings, `V` rows of the embedding table. Rows are read by
-calling the embedding module, since that is what the model's own inputs go through (some models scale there).
+Letters used below: `P` virtual tokens, `H` width of the embeddings, `V` rows of the embedding table. Where the network
+mixes rows of the vocabulary, the start draws those, and `P` is `config.num_start_rows`. Rows are read by calling the
+embedding module, since that is what the model's own inputs go through (some models scale there).
 """
 
 from __future__ import annotations
@@ -45,16 +46,16 @@ def register_initialization(name: str) -> Callable[[Initializer], Initializer]:
 def initialize_prompt(
     config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
 ) -> Tensor:
-    """Start a raw prompt as `config.prompt_tuning_init` says.
+    """Make the rows that a prompt starts from, as `config.prompt_tuning_init` says.
 
     Returns:
-        `torch.Tensor`: `[P, H]`, float32, on the CPU, detached.
+        `torch.Tensor`: `[P, H]`, float32, on the CPU, detached: the raw prompt, or the rows that the network mixes.
 
     Raises:
         ValueError: If the start cannot be made, or has another shape.
     """
     prompt = INITIALIZATIONS[config.prompt_tuning_init].builder(config, word_embeddings, generator)
-    expected = (config.total_virtual_tokens, config.token_dim)
+    expected = (config.num_start_rows, config.token_dim)
     if tuple(prompt.shape) != expected:
         raise ValueError(
             f"prompt_tuning_init={config.prompt_tuning_init!r} made a prompt of shape {tuple(prompt.shape)}, expected "
@@ -96,11 +97,12 @@ def most_common_token_ids(texts: Iterable[str], tokenizer: Any, limit: int = 500
 
 def sample_rows(
     word_embeddings: nn.Module,
-    num_virtual_tokens: int,
+    count: int,
     *,
     candidates: Sequence[int],
     exclude_ids: Collection[int] = (),
     generator: torch.Generator | None = None,
+    count_field: str = "num_virtual_tokens",
 ) -> Tensor:
     """Start a prompt from distinct rows of the embedding table.
 
@@ -109,10 +111,11 @@ def sample_rows(
 
     Args:
         word_embeddings (`torch.nn.Module`): The embedding module of `V` rows; never modified.
-        num_virtual_tokens (`int`): Rows to draw, `P`.
+        count (`int`): Rows to draw, `P`.
         candidates (`Sequence[int]`): Rows to draw from.
         exclude_ids (`Collection[int]`): Rows never drawn: padding, special and unused tokens.
         generator (`torch.Generator`, *optional*): Source of randomness; the global one when None.
+        count_field (`str`): The config field that `count` comes from, for the error message.
 
     Returns:
         `torch.Tensor`: `[P, H]`, float32, on the CPU, detached.
@@ -122,12 +125,12 @@ def sample_rows(
     """
     exclude_ids = set(exclude_ids)
     order = torch.randperm(len(candidates), generator=generator).tolist()
-    drawn = [candidates[i] for i in order if candidates[i] not in exclude_ids][:num_virtual_tokens]
-    if len(drawn) < num_virtual_tokens:
+    drawn = [candidates[i] for i in order if candidates[i] not in exclude_ids][:count]
+    if len(drawn) < count:
         raise ValueError(
-            f"`num_virtual_tokens`={num_virtual_tokens} needs as many distinct rows of the vocabulary, but only "
-            f"{len(drawn)} of {len(candidates)} are usable (padding, special and unused ones are not). Use fewer "
-            "virtual tokens, a larger `init_vocab_size`, or prompt_tuning_init='RANDOM'."
+            f"`{count_field}`={count} needs as many distinct rows of the vocabulary, but only {len(drawn)} of "
+            f"{len(candidates)} are usable (padding, special and unused ones are not). Lower `{count_field}`, raise "
+            "`init_vocab_size`, or use another `prompt_tuning_init`."
         )
     return look_up(word_embeddings, drawn)
 
@@ -181,13 +184,7 @@ def sample_vocabulary(
     config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
 ) -> Tensor:
     """Distinct rows of the whole table."""
-    return sample_rows(
-        word_embeddings,
-        config.total_virtual_tokens,
-        candidates=range(num_rows(word_embeddings)),
-        exclude_ids=excluded_ids(config, word_embeddings),
-        generator=generator,
-    )
+    return _sample(config, word_embeddings, generator, config.num_start_rows, range(num_rows(word_embeddings)))
 
 
 @register_initialization("COMMON_VOCAB")
@@ -195,7 +192,7 @@ def sample_common_vocabulary(
     config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
 ) -> Tensor:
     """Distinct rows among the `init_vocab_size` most common ones (Lester et al., 2021, section 3.2: 5,000)."""
-    return _sample_common(config, word_embeddings, generator, config.total_virtual_tokens)
+    return _sample_common(config, word_embeddings, generator, config.num_start_rows)
 
 
 def _sample_common(
@@ -213,12 +210,24 @@ def _sample_common(
             "ids with the base model's own tokenizer."
         )
     common = list(dict.fromkeys(ids)) if ids is not None else range(rows)
+    return _sample(config, word_embeddings, generator, count, common[: config.init_vocab_size], taken)
+
+
+def _sample(
+    config: ResidualPromptTuningConfig,
+    word_embeddings: nn.Module,
+    generator: torch.Generator,
+    count: int,
+    candidates: Sequence[int],
+    taken: Collection[int] = (),
+) -> Tensor:
     return sample_rows(
         word_embeddings,
         count,
-        candidates=common[: config.init_vocab_size],
+        candidates=candidates,
         exclude_ids=excluded_ids(config, word_embeddings) | set(taken),
         generator=generator,
+        count_field="encoder_hidden_size" if config.mixes_vocabulary else "num_virtual_tokens",
     )
 
 

@@ -29,7 +29,8 @@ METRICS = ("cosine", "euclidean")
 _ROWS_AT_ONCE = 8192  # of the vocabulary: bounds the memory that comparing takes
 _LEGEND = (
     "norm rank: share of the vocabulary that is shorter. network: the network's share of the token. from start: how",
-    "far the raw token is from where it started. closest other: largest cosine to another virtual token.",
+    "far the raw token (the token, where no raw one is shown) is from where it started. closest other: largest cosine",
+    "to another virtual token.",
 )
 
 
@@ -65,7 +66,8 @@ class PromptReport:
     Attributes:
         name (`str`): The adapter's name or folder.
         projected (`torch.Tensor`): `[P, H]`, what the frozen model sees.
-        raw (`torch.Tensor`, *optional*): `[P, H]`; None for plain prompt tuning.
+        raw (`torch.Tensor`, *optional*): `[P, H]`; None for plain prompt tuning, and for SUPERPOS, whose raw prompt is
+            no point among the embeddings.
         norms (`torch.Tensor`): `[P]`, Euclidean lengths of the projected tokens.
         raw_norms (`torch.Tensor`, *optional*): `[P]`.
         network_share (`torch.Tensor`, *optional*): `[P]`, how much of each projected token is the network's: with `n`
@@ -73,8 +75,9 @@ class PromptReport:
             prompt, 1 is all network.
         similarity (`torch.Tensor`): `[P, P]`, cosine similarities of the projected tokens.
         vocabulary_norms (`torch.Tensor`, *optional*): `[V]`, ascending; None without a base model.
-        distance_from_start (`torch.Tensor`, *optional*): `[P]`, Euclidean, of the raw prompt from where it started.
-            The start is not saved: it is made anew from the config, its seed and the base model.
+        distance_from_start (`torch.Tensor`, *optional*): `[P]`, Euclidean, of the raw prompt (where that is None, of
+            the projected one) from where it started. The start is not saved: it is made anew from the config, its
+            seed and the base model.
         no_start (`str`, *optional*): Why `distance_from_start` is None.
         nearest (`dict`): `nearest["projected"]["cosine"]` and so on; empty without a base model.
     """
@@ -225,8 +228,7 @@ def inspect_prompt(
         name = str(model_or_adapter_folder)
         config, tensors = read_adapter(model_or_adapter_folder)
         projected = tensors[PROMPT_KEY].float()
-        is_residual = isinstance(config, ResidualPromptTuningConfig)
-        raw = unpack(tensors)[1][RAW_PROMPT].float() if is_residual else None
+        raw = unpack(tensors)[1][RAW_PROMPT].float() if _has_raw(config) else None
         no_start = "that takes the base model."
     unit = nn.functional.normalize(projected, dim=1)
     return PromptReport(
@@ -238,7 +240,7 @@ def inspect_prompt(
         network_share=None if raw is None else _network_share(config, raw, projected),
         similarity=unit @ unit.T,
         vocabulary_norms=None if vocabulary_norms is None else vocabulary_norms.sort().values,
-        distance_from_start=None if start is None or raw is None else (raw - start).norm(dim=1),
+        distance_from_start=None if start is None else ((projected if raw is None else raw) - start).norm(dim=1),
         no_start=no_start,
         nearest=nearest,
     )
@@ -259,8 +261,8 @@ def nearest_tokens(
         adapter_name (`str`): Which adapter.
 
     Returns:
-        `dict`: `["projected"]["cosine"]`, `["projected"]["euclidean"]` and, for a residual adapter, the same under
-        `["raw"]`: a [`NearestTokens`] each.
+        `dict`: `["projected"]["cosine"]`, `["projected"]["euclidean"]` and, where [`PromptReport`] has a raw prompt,
+        the same under `["raw"]`: a [`NearestTokens`] each.
 
     Raises:
         ValueError: If there is no such adapter, or `k` is below 1.
@@ -295,21 +297,25 @@ def _check_k(k: Any) -> None:
 
 def _of_model(model: PeftModel, adapter_name: str) -> tuple[str, PromptTuningConfig, Tensor, Tensor | None]:
     projected = get_prompt_tensor(model, adapter_name).detach().float().cpu()
+    config = model.peft_config[adapter_name]
     encoder = model.prompt_encoder[adapter_name]
-    is_residual = isinstance(encoder, ResidualPromptEncoder)
-    raw = encoder.embedding.weight.detach().float().cpu() if is_residual else None
-    return adapter_name, model.peft_config[adapter_name], projected, raw
+    raw = encoder.embedding.weight.detach().float().cpu() if _has_raw(config) else None
+    return adapter_name, config, projected, raw
+
+
+def _has_raw(config: PromptTuningConfig) -> bool:
+    return isinstance(config, ResidualPromptTuningConfig) and not config.mixes_vocabulary
 
 
 def _network_share(config: PromptTuningConfig, raw: Tensor, projected: Tensor) -> Tensor:
-    has_skip = config.encoder_residual or config.encoder_reparameterization_type == "NONE"
-    skipped = raw if has_skip else torch.zeros_like(raw)
+    # Without a network the raw prompt passes through as it is, which is a skip by another name.
+    skipped = raw if config.has_skip or torch.equal(raw, projected) else torch.zeros_like(projected)
     added, kept = (projected - skipped).norm(dim=1), skipped.norm(dim=1)
     return added / (added + kept).clamp_min(torch.finfo(added.dtype).tiny)
 
 
 def _start(config: PromptTuningConfig, word_embeddings: nn.Module) -> tuple[Tensor | None, str | None]:
-    """The raw prompt that training started from, made anew; or None and why it cannot be."""
+    """The prompt that training started from, raw if there is a raw one, made anew; or None and why it cannot be."""
     if not isinstance(config, ResidualPromptTuningConfig):
         return None, "a plain prompt's start leaves no trace."
     if config.prompt_tuning_init_seed is None and config.prompt_tuning_init not in ("TEXT", "PROMPT"):
@@ -320,7 +326,7 @@ def _start(config: PromptTuningConfig, word_embeddings: nn.Module) -> tuple[Tens
         encoder = ResidualPromptEncoder(config, word_embeddings)
     except (ValueError, OSError) as error:  # its tokenizer or its source is gone
         return None, str(error)
-    return encoder.embedding.weight.detach(), None
+    return (encoder.embedding.weight if _has_raw(config) else encoder.eval().project()).detach(), None
 
 
 def _vocabulary(word_embeddings: nn.Module, tokenizer: Any) -> range:

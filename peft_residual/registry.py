@@ -15,11 +15,13 @@ class Entry:
         builder (`Callable`): Called with the config first; see the `register_*` functions for the rest.
         per_token (`bool`): Whether `encoder_shared=False` (one network per virtual token) makes sense for it.
         unused_fields (`tuple[str, ...]`): Config fields that it does not read; setting one of them is refused.
+        mixes_vocabulary (`bool`): Whether the raw prompt holds weights for frozen rows of the vocabulary.
     """
 
     builder: Callable[..., Any]
     per_token: bool = False
     unused_fields: tuple[str, ...] = ()
+    mixes_vocabulary: bool = False
 
 
 class Registry:

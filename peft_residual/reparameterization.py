@@ -2,6 +2,7 @@
 
 Letters used below: `P` virtual tokens, `H` width of the embeddings, `M` width of the hidden layer. Every network maps
 `[P, H]` to `[P, H]` and ends in dropout and LayerNorm where the config asks for them. The skip is the encoder's.
+A network that mixes rows of the vocabulary maps weights `[P, M]` to `[P, H]`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ Builder = Callable[[ResidualPromptTuningConfig], nn.Module]
 
 _HIDDEN_LAYER_FIELDS = ("encoder_hidden_size", "encoder_activation")
 _HEADS = ("encoder_num_attention_heads",)
+_FRAME = ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout")
 
 
 def register_reparameterization(
-    name: str, *, per_token: bool = False, unused_fields: tuple[str, ...] = ()
+    name: str, *, per_token: bool = False, unused_fields: tuple[str, ...] = (), mixes_vocabulary: bool = False
 ) -> Callable[[Builder], Builder]:
     """Register a network under a name that `encoder_reparameterization_type` then accepts.
 
@@ -35,11 +37,19 @@ def register_reparameterization(
         name (`str`): The value of `encoder_reparameterization_type`.
         per_token (`bool`): Whether the builder honours `encoder_shared=False` (one network per virtual token).
         unused_fields (`tuple[str, ...]`): Config fields that the network does not read; setting them is then refused.
+            With `encoder_residual` among them there is no skip.
+        mixes_vocabulary (`bool`): Whether the module maps weights `[P, M]` to `[P, H]` with `M=encoder_hidden_size`
+            frozen rows of the vocabulary, in a buffer of its own, `rows` `[M, H]`, that the encoder fills. There is
+            no skip then.
 
     Raises:
         ValueError: If the name is taken by another builder.
     """
-    return REPARAMETERIZATIONS.add(name, per_token=per_token, unused_fields=unused_fields)
+    if mixes_vocabulary:
+        unused_fields = (*unused_fields, "encoder_residual")  # weights cannot be added to rows
+    return REPARAMETERIZATIONS.add(
+        name, per_token=per_token, unused_fields=unused_fields, mixes_vocabulary=mixes_vocabulary
+    )
 
 
 def build_network(config: ResidualPromptTuningConfig, device: str = "cpu") -> nn.Module:
@@ -197,6 +207,24 @@ class Transformer(nn.Module):
         return self.norm(self.layers(prompt + self.positions))
 
 
+class Superposition(nn.Module):
+    """Weighted sums of frozen rows of the vocabulary; the weights are the raw prompt.
+
+    SuperPos-Prompt (Ali Sadraei Javaheri et al., 2024, PMLR 262, arXiv:2406.05279): no softmax over the weights.
+    """
+
+    rows: Tensor
+
+    def __init__(self, config: ResidualPromptTuningConfig) -> None:
+        super().__init__()
+        # A buffer: saved with the network, so that an adapter does not depend on how the base model's table is kept.
+        self.register_buffer("rows", torch.zeros(config.encoder_hidden_size, config.token_dim))
+
+    def forward(self, weights: Tensor) -> Tensor:
+        """Map `[P, M]` to `[P, H]`."""
+        return weights @ self.rows
+
+
 @register_reparameterization("MLP1", per_token=True, unused_fields=_HEADS)
 def build_mlp1(config: ResidualPromptTuningConfig) -> nn.Module:
     """One bottleneck MLP."""
@@ -233,12 +261,13 @@ def build_transformer(config: ResidualPromptTuningConfig) -> nn.Module:
     return Transformer(config)
 
 
-@register_reparameterization(
-    "NONE",
-    unused_fields=_HEADS
-    + _HIDDEN_LAYER_FIELDS
-    + ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout"),
-)
+@register_reparameterization("SUPERPOS", unused_fields=("encoder_activation", *_HEADS, *_FRAME), mixes_vocabulary=True)
+def build_superposition(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Each token a weighted sum of frozen rows of the vocabulary."""
+    return Superposition(config)
+
+
+@register_reparameterization("NONE", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _FRAME)
 def build_none(config: ResidualPromptTuningConfig) -> nn.Module:
     """No network: plain prompt tuning."""
     return nn.Identity()

@@ -150,7 +150,7 @@ def check_tensors(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) -> 
 
 
 def _check_state(config: ResidualPromptTuningConfig, state: Mapping[str, Tensor]) -> None:
-    raw = torch.empty(config.total_virtual_tokens, config.token_dim, device="meta")
+    raw = torch.empty(config.total_virtual_tokens, config.raw_width, device="meta")
     expected = {leaf: tensor for leaf, tensor in state.items() if leaf != checkpoint.RAW_PROMPT}
     # A network of the user's own may not be buildable without numbers; it is compared once it is built.
     if REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder.__module__ == build_network.__module__:

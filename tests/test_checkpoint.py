@@ -61,7 +61,7 @@ def test_the_file_on_disk_has_this_layout(folder):
     assert load_file(folder / WEIGHTS).keys() == packed()[0].keys()
 
 
-@pytest.mark.parametrize("kind", ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "NONE"))
+@pytest.mark.parametrize("kind", ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE"))
 def test_unpacking_gives_back_what_was_packed(kind, tmp_path):
     tensors, projected, state = packed(encoder_reparameterization_type=kind)
     save_file(tensors, tmp_path / WEIGHTS)

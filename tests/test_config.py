@@ -220,12 +220,13 @@ def test_common_token_ids_are_refused_where_none_are_drawn(init):
     ("kind", "name", "value"),
     [
         *((kind, "encoder_hidden_size", 9) for kind in ("LSTM1", "LSTM2", "NONE")),
-        *((kind, "encoder_activation", "tanh") for kind in ("LSTM1", "LSTM2", "NONE")),
-        *((kind, "encoder_num_attention_heads", 4) for kind in ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "NONE")),
-        ("NONE", "encoder_shared", False),
-        ("NONE", "encoder_residual", False),
-        ("NONE", "encoder_layer_norm", False),
-        ("NONE", "encoder_dropout", 0.1),
+        *((kind, "encoder_activation", "tanh") for kind in ("LSTM1", "LSTM2", "SUPERPOS", "NONE")),
+        *((kind, "encoder_num_attention_heads", 4) for kind in ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM")),
+        *((kind, "encoder_num_attention_heads", 4) for kind in ("SUPERPOS", "NONE")),
+        *((kind, "encoder_shared", False) for kind in ("SUPERPOS", "NONE")),
+        *((kind, "encoder_residual", False) for kind in ("SUPERPOS", "NONE")),
+        *((kind, "encoder_layer_norm", False) for kind in ("SUPERPOS", "NONE")),
+        *((kind, "encoder_dropout", 0.1) for kind in ("SUPERPOS", "NONE")),
     ],
 )
 def test_an_option_that_the_network_does_not_read_is_refused(kind, name, value):

@@ -138,6 +138,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name, reentrant):
     [
         ("t5", "MLP1"),
         ("llama", "TRANSFORMER"),
+        ("llama", "SUPERPOS"),
         ("gpt2", "NONE"),
         ("bert-sequence", "MLP2"),
         ("bert-token", "MLP1"),

@@ -2,7 +2,8 @@
 
 Nothing of the package runs inside the oracle. It takes the weights by name from the encoder's state dict, and applies
 Razdaibiedina et al. (2023), section 3, `E' = E + φ(E)`; the LSTM of Hochreiter & Schmidhuber (1997) as Graves (2013)
-writes it; and the transformer layer of Vaswani et al. (2017), section 3.1. Letters: `P` tokens, `H` width, `M` hidden.
+writes it; the transformer layer of Vaswani et al. (2017), section 3.1; and the weighted sum of frozen rows of
+SuperPos-Prompt (Ali Sadraei Javaheri et al., 2024). Letters: `P` tokens, `H` width, `M` hidden.
 """
 
 import math
@@ -12,7 +13,7 @@ import torch
 from conftest import WIDTH, make_encoder
 
 
-KINDS = ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "NONE")
+KINDS = ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE")
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-12}
 ACTIVATIONS = {
     "relu": lambda x: torch.where(x > 0, x, torch.zeros_like(x)),
@@ -99,6 +100,8 @@ def reference(state, config):
     kind = config.encoder_reparameterization_type
     if kind == "NONE":
         return raw
+    if kind == "SUPERPOS":
+        return torch.stack([sum(weight * row for weight, row in zip(token, network["rows"])) for token in raw])
     if kind == "MLP1":
         output = mlp(raw, network, activation)
     elif kind == "MLP2":
@@ -113,7 +116,7 @@ def reference(state, config):
 def spread(encoder):
     """Move every weight off its start: norms start at one and zero, where a forgotten one would not show."""
     with torch.no_grad():
-        for parameter in encoder.network.parameters():
+        for parameter in encoder.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return encoder
 
@@ -135,7 +138,8 @@ def assert_parity(encoder, dtype):
     leaves = dict(encoder.named_parameters())
     # The oracle computes in float64 whatever the encoder does, so that the error is the encoder's alone.
     state = {name: leaf.detach().double().requires_grad_() for name, leaf in leaves.items()}
-    found, expected = encoder(), reference(state, encoder.config)
+    buffers = {name: buffer.double() for name, buffer in encoder.named_buffers()}
+    found, expected = encoder(), reference({**state, **buffers}, encoder.config)
     assert found.dtype == dtype and found.shape == expected.shape
     assert relative_error(found, expected) <= TOLERANCE[dtype]
 
@@ -148,7 +152,7 @@ def assert_parity(encoder, dtype):
 
 def configurations():
     for kind in KINDS:
-        if kind == "NONE":
+        if kind in ("SUPERPOS", "NONE"):
             yield {"encoder_reparameterization_type": kind}
             continue
         for shared in (True, False) if kind in ("MLP1", "MLP2") else (True,):

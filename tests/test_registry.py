@@ -19,7 +19,8 @@ def second(config):
 
 
 def test_the_built_in_names_are_there_in_the_order_of_the_documentation():
-    assert REPARAMETERIZATIONS.names() == ["MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "NONE"]
+    networks = ["MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE"]
+    assert REPARAMETERIZATIONS.names() == networks
     ways = ("RANDOM", "SAMPLE_VOCAB", "COMMON_VOCAB", "TEXT", "CLASS_LABELS", "PROMPT")
     assert sorted(INITIALIZATIONS.names()) == sorted(ways)
 

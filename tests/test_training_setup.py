@@ -23,7 +23,7 @@ from peft_residual import (
 
 def make_model(base=None, **config):
     """A model of which nothing is to be found."""
-    if config.get("encoder_reparameterization_type") != "NONE":  # which has no norm to switch off
+    if config.get("encoder_reparameterization_type") not in ("SUPERPOS", "NONE"):  # which have no norm to switch off
         config["encoder_layer_norm"] = False
     model = get_peft_model(tiny_t5() if base is None else base, make_config(**config))
     disable_base_dropout(model)
@@ -119,7 +119,7 @@ def test_weights_that_get_no_gradient(own_names):
     assert "network.extra.weight, network.extra.bias" in finding.message
 
 
-@pytest.mark.parametrize("kind", ["MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "NONE"])
+@pytest.mark.parametrize("kind", ["MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE"])
 def test_all_built_in_networks_pass(kind):
     assert found(make_model(encoder_reparameterization_type=kind)) == []
 
