@@ -7,13 +7,16 @@ INSTALLED := $(VENV)/.installed
 # Tests and examples make their own models and data; nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install test quality format demo embedded clean
+.PHONY: help install test quality format demo learning report cost embedded clean
 
 help:
 	@echo "make demo      train, resume, evaluate, merge and reload a residual prompt (3 minutes, no network)"
 	@echo "make test      run all tests"
 	@echo "make quality   ruff and mypy"
 	@echo "make format    let ruff rewrite what it can"
+	@echo "make learning  compare methods anew, write docs/learning.md and the README's table (an hour on 2 CPU cores)"
+	@echo "make report    write them anew from docs/learning.json"
+	@echo "make cost      measure times and memory anew, write docs/cost.md (half an hour on an idle CPU)"
 	@echo "make embedded  pretrain the embedded model anew into build/embedded (15 minutes)"
 
 install: $(INSTALLED)
@@ -37,6 +40,18 @@ format: $(INSTALLED)
 
 demo: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python examples/demo.py --output_dir build/demo --overwrite $(DEMO_ARGS)
+
+learning: $(INSTALLED)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -W ignore examples/benchmarks/learning.py --output build/learning
+	cp build/learning/learning.json docs/
+	$(MAKE) report
+
+report: $(INSTALLED)
+	$(BIN)/python examples/benchmarks/learning_report.py docs --include README.md
+
+cost: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python -W ignore examples/benchmarks/cost.py $(COST_ARGS)
+	cp build/cost/cost*.md build/cost/cost*.png docs/
 
 embedded: $(INSTALLED)
 	$(BIN)/python examples/embedded/pretrain.py --output build/embedded

@@ -38,6 +38,8 @@ _PIPELINE_TAGS = {
     "FEATURE_EXTRACTION": "feature-extraction",
 }
 _HYPERPARAMETERS = re.compile("num_virtual_tokens|token_dim|encoder_.+|prompt_tuning_init(_seed)?|init_vocab_size")
+# What is trained where the network is none of the residual method's.
+_METHODS_BY_NETWORK = {"NONE": "prompt tuning", "SUPERPOS": "[SuperPos-Prompt](https://arxiv.org/abs/2406.05279)"}
 _CITATION = """\
 @inproceedings{razdaibiedina-etal-2023-residual,
     title = "Residual Prompt Tuning: Improving Prompt Tuning with Residual Reparameterization",
@@ -177,9 +179,9 @@ def _describe(configs: Mapping[str, Values], trained_as: Values | None) -> str:
         base = f"[{name}](https://huggingface.co/{name})"
     else:
         base = "a base model that is not named" if not name else f"a base model in a local folder, `{Path(name).name}`"
-    method = "[Residual Prompt Tuning](https://arxiv.org/abs/2305.03937)"
-    if not any(c.get("peft_type") == PEFT_TYPE_NAME for c in (config, trained_as or {})):
-        method = "prompt tuning"
+    trained = next((c for c in (config, trained_as or {}) if c.get("peft_type") == PEFT_TYPE_NAME), None)
+    network = "NONE" if trained is None else str(trained.get("encoder_reparameterization_type"))
+    method = _METHODS_BY_NETWORK.get(network, "[Residual Prompt Tuning](https://arxiv.org/abs/2305.03937)")
     parts = [
         f"A soft prompt of {config.get('num_virtual_tokens')} virtual tokens for {base}, trained with {method}. The "
         "base model is frozen and is not in here.",

@@ -33,6 +33,8 @@ PREFIX = "residual_prompt_tuning."
 VERSION_KEY = PREFIX + "format_version"
 RAW_PROMPT = "embedding.weight"
 NETWORK_PREFIX = "network."
+# PEFT saves other things under the same key for its other types, such as keys and values for PREFIX_TUNING.
+_PROMPT_TYPES = ("RESIDUAL_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT")
 
 
 def pack(projected: Tensor, encoder_state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -242,8 +244,8 @@ def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
     """Read a saved prompt as a frozen model sees it.
 
     Args:
-        source (`str` or `os.PathLike`): An adapter's folder or Hub id (residual, merged, or PEFT's own prompt tuning),
-            or a `.safetensors` or `.npy` file with one prompt tensor.
+        source (`str` or `os.PathLike`): An adapter's folder or Hub id (residual, merged, or PEFT's own prompt tuning,
+            P-tuning and CPT), or a `.safetensors` or `.npy` file with one prompt tensor.
 
     Returns:
         `tuple`: The prompt `[rows, H]`, float32, and the number of rows in front of the encoder where the adapter
@@ -259,8 +261,14 @@ def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
     elif source.suffix == ".safetensors":
         prompt = _only_prompt(read_tensors(source), source)
     else:
-        prompt = _only_prompt(read_tensors(locate(source, SAFETENSORS_WEIGHTS_NAME)), source)
+        tensors = read_tensors(locate(source, SAFETENSORS_WEIGHTS_NAME))
         values = read_config(locate(source, CONFIG_NAME))
+        if values.get("peft_type") not in _PROMPT_TYPES:
+            raise ValueError(
+                f"`{source}` holds an adapter with `peft_type`={values.get('peft_type')!r}, which is no prompt in "
+                f"front of the input. Use one of type {', '.join(_PROMPT_TYPES)}, or a file with a prompt tensor."
+            )
+        prompt = _only_prompt(tensors, source)
         if values.get("num_transformer_submodules") == 2:
             per_submodule = values.get("num_virtual_tokens")
             if type(per_submodule) is not int or 2 * per_submodule != len(prompt):

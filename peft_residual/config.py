@@ -45,7 +45,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
             many rows it mixes: 128 in its paper.
         encoder_shared (`bool`): One network for all virtual tokens, or one per token (MLP1 and MLP2).
         encoder_residual (`bool`): Whether to add the raw prompt to the network's output (the skip).
-        encoder_layer_norm (`bool`): Whether the network ends in a LayerNorm, before the skip is added.
+        encoder_layer_norm (`bool`): Whether the network has a LayerNorm: at its end, before the skip is added.
+        encoder_norm_first (`bool`): Whether that LayerNorm stands at the network's beginning (MLP1 and MLP2): what the
+            network adds to the prompt is then bound to no scale. Not in the paper.
+        encoder_zero_init (`bool`): Whether the network's last weights start at zero (MLP1 and MLP2): training then
+            starts from the very rows of the vocabulary, `E' = E`. Not in the paper.
         encoder_activation (`str`): A name of transformers' activation table, such as `"relu"` or `"tanh"`.
         encoder_dropout (`float`): Dropout probability inside the network, in `[0, 1)`.
         encoder_num_attention_heads (`int`): Attention heads of `"TRANSFORMER"`; must divide `H`.
@@ -89,7 +93,14 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         default=True, metadata=_help("Whether the raw prompt is added to the network's output (the skip).")
     )
     encoder_layer_norm: bool = field(
-        default=True, metadata=_help("Whether the network ends in a LayerNorm (before the skip).")
+        default=True, metadata=_help("Whether the network has a LayerNorm (at its end, before the skip).")
+    )
+    encoder_norm_first: bool = field(
+        default=False, metadata=_help("Whether the LayerNorm stands at the network's beginning (MLP1, MLP2).")
+    )
+    encoder_zero_init: bool = field(
+        default=False,
+        metadata=_help("Whether the network's last weights start at zero, so that training starts at E (MLP1, MLP2)."),
     )
     encoder_activation: str = field(
         default="relu", metadata=_help("Activation: any name of transformers' activation table.")
@@ -224,7 +235,13 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         kind = self.encoder_reparameterization_type
         self._check_positive_int("encoder_hidden_size")
         self._check_positive_int("encoder_num_attention_heads")
-        for name in ("encoder_shared", "encoder_residual", "encoder_layer_norm"):
+        for name in (
+            "encoder_shared",
+            "encoder_residual",
+            "encoder_layer_norm",
+            "encoder_norm_first",
+            "encoder_zero_init",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
         dropout = self.encoder_dropout
@@ -232,7 +249,7 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
             raise ValueError(f"`encoder_dropout` is a probability in [0, 1), got {dropout!r}. Use 0.0 for none.")
         parameters = self._activation_parameters()
         if not self.encoder_shared:
-            if not entry.per_token:
+            if not entry.per_token and "encoder_shared" not in entry.unused_fields:
                 raise ValueError(
                     f"`encoder_shared=False` needs a network that works token by token, got "
                     f"encoder_reparameterization_type={kind!r}: each copy would see one token and could not mix "
@@ -250,6 +267,15 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                     f"`{config_field.name}`={value!r} has no effect with encoder_reparameterization_type={kind!r}. "
                     f"Leave it at {config_field.default!r}."
                 )
+        if self.encoder_norm_first and not self.encoder_layer_norm:
+            raise ValueError(
+                "`encoder_norm_first=True` has no effect with encoder_layer_norm=False. Leave one of them out."
+            )
+        if self.encoder_zero_init and not self.encoder_residual:
+            raise ValueError(
+                "`encoder_zero_init=True` with encoder_residual=False starts from a prompt of zeros. Leave one of "
+                "them out."
+            )
 
     def _activation_parameters(self) -> int:
         from transformers.activations import ACT2CLS, get_activation

@@ -12,12 +12,20 @@ from peft import PeftModel
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from .config import ResidualPromptTuningConfig
 from .encoder import ResidualPromptEncoder
 
 
 # A soft prompt that moves by less than this at each step hardly moves at all: PEFT's own comparison on MetaMathQA has
 # 23 % at 1e-3 and 6 % at 1e-4.
 SMALLEST_LEARNING_RATE = 1e-3
+
+
+def published_rate(config: ResidualPromptTuningConfig) -> str:
+    """Which learning rate the prompt has in the paper of the config's network, for messages."""
+    if config.mixes_vocabulary:
+        return "SuperPos-Prompt (PMLR 262) uses 0.01."
+    return "Razdaibiedina et al. (2023) use 0.3."
 
 
 def create_residual_optimizer(
@@ -40,8 +48,9 @@ def create_residual_optimizer(
         model ([`~peft.PeftModel`]): With a trainable residual adapter.
         optimizer_cls (`type`): An optimizer class such as `torch.optim.AdamW` or transformers' `Adafactor` (with
             `relative_step=False, scale_parameter=False`).
-        learning_rate (`float`): Of the raw prompt.
-        encoder_learning_rate (`float`, *optional*): Of the network; the prompt's when None.
+        learning_rate (`float`): Of the raw prompt. For SUPERPOS, whose raw prompt are weights, give 0.01.
+        encoder_learning_rate (`float`, *optional*): Of the network; the prompt's when None. Its own, far smaller, is
+            better: `docs/hyperparameters.md` has the measurements.
         modules_to_save_learning_rate (`float`): Of heads that are trained along, which the prompt's would ruin.
         weight_decay (`float`): Of the raw prompt and of heads.
         encoder_weight_decay (`float`, *optional*): Of the network; the prompt's when None.
@@ -158,7 +167,7 @@ def _warn_of_small_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
         if isinstance(rate, float) and rate < SMALLEST_LEARNING_RATE:
             warnings.warn(
                 f"A residual prompt is trained with learning rate {rate:g}, which hardly moves it (the Trainer's "
-                "default is 5e-5). Set `learning_rate`; Razdaibiedina et al. (2023) use 0.3.",
+                f"default is 5e-5). Set `learning_rate`; {published_rate(encoder.config)}",
                 stacklevel=2,
             )
 

@@ -22,6 +22,7 @@ Builder = Callable[[ResidualPromptTuningConfig], nn.Module]
 
 _HIDDEN_LAYER_FIELDS = ("encoder_hidden_size", "encoder_activation")
 _HEADS = ("encoder_num_attention_heads",)
+_MLP_FORMS = ("encoder_norm_first", "encoder_zero_init")
 _FRAME = ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout")
 
 
@@ -118,18 +119,33 @@ def _activation(config: ResidualPromptTuningConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """`norm(dropout(up(activation(down(x)))))`, with `down` from `H` to `M` and `up` from `M` to `H`."""
+    """`norm(dropout(up(activation(down(x)))))`, with `down` from `H` to `M` and `up` from `M` to `H`.
 
-    def __init__(self, config: ResidualPromptTuningConfig) -> None:
+    With `config.encoder_norm_first` it is `dropout(up(activation(down(norm(x)))))`.
+
+    Args:
+        config ([`ResidualPromptTuningConfig`]): Sizes, activation, dropout, norm.
+        zero_init (`bool`): Whether the last layer with weights, and so the output, starts at zero.
+    """
+
+    def __init__(self, config: ResidualPromptTuningConfig, zero_init: bool = False) -> None:
         super().__init__()
+        self.norm_first = config.encoder_norm_first
         self.down = _linear(config, config.token_dim, config.encoder_hidden_size)
         self.activation = _activation(config)
         self.up = _linear(config, config.encoder_hidden_size, config.token_dim)
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.norm = _norm(config)
+        if zero_init:
+            # Behind a LayerNorm it must be the norm: its gradient with respect to a zero input is beyond all bounds.
+            last = self.norm if config.encoder_layer_norm and not self.norm_first else self.up
+            for parameter in last.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(self, prompt: Tensor) -> Tensor:
         """Map `[P, H]` to `[P, H]`."""
+        if self.norm_first:
+            return self.dropout(self.up(self.activation(self.down(self.norm(prompt)))))
         return self.norm(self.dropout(self.up(self.activation(self.down(prompt)))))
 
 
@@ -228,46 +244,48 @@ class Superposition(nn.Module):
 @register_reparameterization("MLP1", per_token=True, unused_fields=_HEADS)
 def build_mlp1(config: ResidualPromptTuningConfig) -> nn.Module:
     """One bottleneck MLP."""
-    return MLP(config)
+    return MLP(config, zero_init=config.encoder_zero_init)
 
 
 @register_reparameterization("MLP2", per_token=True, unused_fields=_HEADS)
 def build_mlp2(config: ResidualPromptTuningConfig) -> nn.Module:
     """Two bottleneck MLPs, each with weights of its own."""
-    return nn.Sequential(MLP(config), MLP(config))
+    return nn.Sequential(MLP(config), MLP(config, zero_init=config.encoder_zero_init))
 
 
-@register_reparameterization("LSTM1", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS)
+@register_reparameterization("LSTM1", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _MLP_FORMS)
 def build_lstm1(config: ResidualPromptTuningConfig) -> nn.Module:
     """One bidirectional LSTM layer."""
     return LSTM(config, num_layers=1)
 
 
-@register_reparameterization("LSTM2", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS)
+@register_reparameterization("LSTM2", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _MLP_FORMS)
 def build_lstm2(config: ResidualPromptTuningConfig) -> nn.Module:
     """Two bidirectional LSTM layers."""
     return LSTM(config, num_layers=2)
 
 
-@register_reparameterization("LSTM", unused_fields=_HEADS)
+@register_reparameterization("LSTM", unused_fields=_HEADS + _MLP_FORMS)
 def build_lstm(config: ResidualPromptTuningConfig) -> nn.Module:
     """Two bidirectional LSTM layers and a head of two linear layers."""
     return LSTM(config, num_layers=2, head=True)
 
 
-@register_reparameterization("TRANSFORMER")
+@register_reparameterization("TRANSFORMER", unused_fields=_MLP_FORMS)
 def build_transformer(config: ResidualPromptTuningConfig) -> nn.Module:
     """Two transformer encoder layers."""
     return Transformer(config)
 
 
-@register_reparameterization("SUPERPOS", unused_fields=("encoder_activation", *_HEADS, *_FRAME), mixes_vocabulary=True)
+@register_reparameterization(
+    "SUPERPOS", unused_fields=("encoder_activation", *_HEADS, *_MLP_FORMS, *_FRAME), mixes_vocabulary=True
+)
 def build_superposition(config: ResidualPromptTuningConfig) -> nn.Module:
     """Each token a weighted sum of frozen rows of the vocabulary."""
     return Superposition(config)
 
 
-@register_reparameterization("NONE", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _FRAME)
+@register_reparameterization("NONE", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _MLP_FORMS + _FRAME)
 def build_none(config: ResidualPromptTuningConfig) -> nn.Module:
     """No network: plain prompt tuning."""
     return nn.Identity()

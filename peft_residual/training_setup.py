@@ -14,10 +14,11 @@ from transformers.trainer_callback import TrainerCallback
 from .distributed import is_spread
 from .encoder import ResidualPromptEncoder
 from .modeling import ResidualPeftModel
-from .optimization import SMALLEST_LEARNING_RATE, active_dropout
+from .optimization import SMALLEST_LEARNING_RATE, active_dropout, published_rate
 
 
 LARGEST_LEARNING_RATE = 10.0  # the paper's largest
+LARGEST_MIXING_RATE = 0.1  # of weights for rows of the vocabulary, which are numbers around 1
 LARGEST_HEAD_LEARNING_RATE = 0.01
 FAR_FROM_VOCABULARY = 10.0  # times the norm of a vocabulary row, or this fraction of it
 VOCABULARY_SAMPLE = 4096
@@ -196,7 +197,7 @@ def _check_norm(model: ResidualPeftModel) -> Iterator[Finding]:
             "prompt norm",
             f"The projected prompt's rows have a median norm of {prompt:.3g}, the vocabulary's {vocabulary:.3g}.",
             "Start from the vocabulary (`prompt_tuning_init`); a network that ends in a LayerNorm gives rows of norm "
-            "√token_dim whatever the vocabulary's: try `encoder_layer_norm=False`.",
+            "√token_dim whatever the vocabulary's: try `encoder_norm_first=True` with `encoder_zero_init=True`.",
         )
 
 
@@ -209,26 +210,28 @@ def _check_learning_rates(
     encoder = {id(p) for p in _active_encoder(model).parameters()}
     head = {id(p) for p in model.parameters() if p.requires_grad} - encoder
     prompt_rate = found.get(id(_active_encoder(model).embedding.weight), rate)
+    config = _active_encoder(model).config
+    largest = LARGEST_MIXING_RATE if config.mixes_vocabulary else LARGEST_LEARNING_RATE
     if prompt_rate is not None and not prompt_rate > 0:
         yield Finding(
             "error",
             "learning_rate",
             f"The prompt's learning rate is {prompt_rate:g}: nothing would be trained.",
-            "Razdaibiedina et al. (2023) use 0.3.",
+            published_rate(config),
         )
     elif prompt_rate is not None and prompt_rate < SMALLEST_LEARNING_RATE:
         yield Finding(
             "warning",
             "learning_rate",
             f"The prompt's learning rate of {prompt_rate:g} hardly moves it (the Trainer's default is 5e-5).",
-            "Razdaibiedina et al. (2023) use 0.3.",
+            published_rate(config),
         )
-    elif prompt_rate is not None and prompt_rate > LARGEST_LEARNING_RATE:
+    elif prompt_rate is not None and prompt_rate > largest:
         yield Finding(
             "warning",
             "learning_rate",
-            f"The prompt's learning rate of {prompt_rate:g} is above all that the paper tried (0.01 to 10).",
-            "Razdaibiedina et al. (2023) use 0.3.",
+            f"The prompt's learning rate of {prompt_rate:g} is above {largest:g}, the largest that is of use.",
+            published_rate(config),
         )
     head_rates = [found.get(identity, rate) for identity in head]
     head_rate = max((r for r in head_rates if r is not None), default=0.0)

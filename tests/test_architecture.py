@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "prompt_cache": set(),
     "card": {"checkpoint", "config", "writing"},
     "modeling": {"batch", "card", "config", "distributed", "prompt_cache", "writing"},
-    "optimization": {"encoder"},
+    "optimization": {"config", "encoder"},
     "validation": {"registry", "config", "checkpoint", "reparameterization", "encoder"},
     "registration": {"checkpoint", "config", "encoder", "modeling", "optimization", "validation"},
     "training_setup": {"distributed", "encoder", "modeling", "optimization"},

@@ -65,6 +65,14 @@ def test_the_card_of_an_export_needs_peft_alone_and_tells_what_was_trained(expor
     assert torch.allclose(found[0, -7:], expected[0, -7:], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("network, method", [("SUPERPOS", "[SuperPos-Prompt]"), ("NONE", "prompt tuning")])
+def test_a_card_names_the_method_that_trained_the_prompt_and_cites_no_other(network, method, saved, tmp_path):
+    model, _, _, card = saved("gpt2", encoder_reparameterization_type=network)
+    export = ModelCard.load(save_as_prompt_tuning(model, tmp_path / "out") / "README.md")
+    for text in (card.text, export.text):
+        assert f"trained with {method}" in text and "razdaibiedina" not in text
+
+
 def test_a_card_of_several_adapters_loads_them_all(saved):
     model, base, folder, _ = saved("t5")
     model.add_adapter("other", make_config(num_virtual_tokens=3))

@@ -250,7 +250,7 @@ def test_a_config_that_is_no_json_object_is_refused(content, tmp_path):
 def with_decoder_rows(folder, num_virtual_tokens):
     """An adapter of PEFT's own prompt tuning for an encoder-decoder model: 4 rows, then 4 that nothing uses."""
     save_file({"prompt_embeddings": torch.zeros(8, WIDTH)}, folder / WEIGHTS)
-    values = {"num_transformer_submodules": 2, "num_virtual_tokens": num_virtual_tokens}
+    values = {"num_transformer_submodules": 2, "num_virtual_tokens": num_virtual_tokens, "peft_type": "PROMPT_TUNING"}
     (folder / CONFIG).write_text(json.dumps(values))
     return folder
 

@@ -46,6 +46,8 @@ def test_defaults_are_the_papers():
         "encoder_shared": True,
         "encoder_residual": True,
         "encoder_layer_norm": True,
+        "encoder_norm_first": False,
+        "encoder_zero_init": False,
         "encoder_activation": "relu",
         "encoder_dropout": 0.0,
         "prompt_tuning_init": "COMMON_VOCAB",
@@ -113,6 +115,8 @@ def test_it_is_a_prompt_tuning_config_to_peft():
         ({"encoder_dropout": None}, ("`encoder_dropout`", "None", "[0, 1)")),
         ({"encoder_shared": 1}, ("`encoder_shared`", "1", "True or False")),
         ({"encoder_residual": "yes"}, ("`encoder_residual`", "'yes'", "True or False")),
+        ({"encoder_norm_first": 1}, ("`encoder_norm_first`", "1", "True or False")),
+        ({"encoder_zero_init": "yes"}, ("`encoder_zero_init`", "'yes'", "True or False")),
         ({"encoder_layer_norm": None}, ("`encoder_layer_norm`", "None", "True or False")),
         (
             {"encoder_activation": "prelu", "encoder_shared": False},
@@ -227,11 +231,24 @@ def test_common_token_ids_are_refused_where_none_are_drawn(init):
         *((kind, "encoder_residual", False) for kind in ("SUPERPOS", "NONE")),
         *((kind, "encoder_layer_norm", False) for kind in ("SUPERPOS", "NONE")),
         *((kind, "encoder_dropout", 0.1) for kind in ("SUPERPOS", "NONE")),
+        *(
+            (kind, name, True)
+            for kind in ("LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE")
+            for name in ("encoder_norm_first", "encoder_zero_init")
+        ),
     ],
 )
 def test_an_option_that_the_network_does_not_read_is_refused(kind, name, value):
     message = refusal(encoder_reparameterization_type=kind, **{name: value})
     assert name in message and repr(value) in message and repr(kind) in message
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("encoder_norm_first", "encoder_layer_norm"), ("encoder_zero_init", "encoder_residual")]
+)
+def test_options_that_exclude_each_other_are_refused(name, other):
+    message = refusal(**{name: True, other: False})
+    assert f"`{name}=True`" in message and f"{other}=False" in message and "out" in message
 
 
 @pytest.mark.parametrize("kind", ("LSTM1", "LSTM2", "LSTM"))

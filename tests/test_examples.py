@@ -6,6 +6,7 @@ import json
 import runpy
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -353,13 +354,60 @@ def test_demo_trains_resumes_merges_and_reloads(tmp_path):
     assert (out / "curves.png").exists()
 
 
-def test_benchmark_of_per_token_networks_prints_a_ratio():
+@pytest.fixture(scope="module")
+def cost(tmp_path_factory):
+    """`cost.py --smoke`, run once: its JSON, its folder and what it printed."""
+    out = tmp_path_factory.mktemp("cost")
+    printed = run_alone("benchmarks/cost.py", "--smoke", "--threads", "1", "--output", out)
+    return json.loads((out / "cost.json").read_text()), out, printed
+
+
+def test_cost_measures_every_section_against_its_rivals(cost):
+    sections = {name: [set(c["times"]) for c in comparisons] for name, comparisons in cost[0]["sections"].items()}
+    methods = {"prompt tuning", "residual"}
+    shared = {"residual", "Python loop", "P-tuning MLP, PEFT", "P-tuning LSTM, PEFT"}
+    prefill = {
+        "merged, prompt tuning in PEFT",
+        "residual adapter",
+        "exported prefix, PEFT",
+        "prompt cache",
+        "text alone",
+    }
+    assert sections["training step"] == [methods]
+    assert sections["encoder"] == [shared, {"residual", "Python loop"}]
+    assert sections["inference"] == [prefill, prefill, {"one call, adapter_names", "a call for each adapter"}]
+    writing, reading = sections["saving"]
+    assert {"save: residual", "merge in place", "export: prefix", "export: vocabulary"} < writing
+    assert {"load: prompt tuning, PEFT", "load: residual", "load: merged, PEFT"} < reading
+    assert len(sections["growth"]) == 8 and sections["growth of a step"] == [methods] * 2
+    assert len(sections["import"]) == 1
+
+
+def test_cost_divides_medians_of_the_turns_it_keeps(cost):
+    for comparison in [c for comparisons in cost[0]["sections"].values() for c in comparisons]:
+        medians = {rival: statistics.median(times) for rival, times in comparison["times"].items()}
+        first = next(iter(medians.values()))
+        assert comparison["medians"] == medians and min(medians.values()) > 0
+        assert comparison["ratios"] == {rival: median / first for rival, median in medians.items()}
+        assert {len(times) for times in comparison["times"].values()} == {comparison["settings"]["repeats"]}
+        assert comparison["difference"] is None or comparison["difference"] <= 1e-5
+    memory = cost[0]["sections"]["training step"][0]
+    assert memory["memory_ratios"]["residual"] == memory["memory"]["residual"] / memory["memory"]["prompt tuning"]
+
+
+def test_cost_says_what_it_was_measured_with(cost):
+    result, out, printed = cost
+    assert result["hardware"]["torch"] == torch.__version__
+    assert result["hardware"]["threads"] == 1 and result["hardware"]["seed"] == 0
+    page = (out / "cost.md").read_text()
+    assert page in printed and "cost.py --smoke" in page
+    ratio = result["sections"]["training step"][0]["ratios"]["residual"]
+    assert f"| {ratio:.3f} |" in page
+    assert "](cost-growth.png)" in page and (out / "cost-growth.png").stat().st_size > 5000
+
+
+def test_benchmarks_run_alone():
     sizes = ["--tokens", "4", "--width", "16", "--hidden", "8", "--repeats", "3", "--threads", "1"]
-    assert "ratio" in run_alone("benchmarks/per_token_networks.py", *sizes)
-
-
-def test_benchmark_of_prefixes_prints_a_ratio_and_that_both_compute_the_same():
-    sizes = ["--prompt", "4", "--text", "3", "--width", "16", "--layers", "1", "--repeats", "3", "--threads", "1"]
-    printed = run_alone("benchmarks/prefix_prefill.py", *sizes)
-    assert "ratio" in printed
-    assert float(printed.split("difference")[1]) <= 1e-5
+    printed = run_alone("benchmarks/encoder.py", *sizes)
+    assert "| per token, P=4 H=16 M=8 | residual |" in printed
+    assert float(printed.split("differ by ")[1].split()[0]) <= 1e-5

@@ -6,8 +6,26 @@ import re
 import numpy
 import pytest
 import torch
-from conftest import PAD, VOCAB_SIZE, WIDTH, WORDS, make_config, make_encoder, make_table, tiny_bert, tiny_t5
-from peft import PromptTuningConfig, get_peft_model
+from conftest import (
+    PAD,
+    VOCAB_SIZE,
+    WIDTH,
+    WORDS,
+    make_config,
+    make_encoder,
+    make_table,
+    tiny_bert,
+    tiny_gpt2,
+    tiny_t5,
+)
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import save_file
 
 from peft_residual import (
@@ -306,6 +324,29 @@ def test_an_adapter_of_plain_prompt_tuning_gives_the_rows_in_front_of_the_encode
     weight = model.prompt_encoder["default"].embedding.weight
     assert len(weight) == (4 if submodules == 1 else 8)
     assert torch.equal(from_prompt(tmp_path), weight[:4])
+
+
+@pytest.mark.parametrize("network", ("MLP", "LSTM"))
+@pytest.mark.parametrize("build, task_type", [(tiny_t5, "SEQ_2_SEQ_LM"), (tiny_gpt2, "CAUSAL_LM")])
+def test_an_adapter_of_p_tuning_gives_what_its_network_made(build, task_type, network, tmp_path):
+    config = PromptEncoderConfig(task_type=task_type, num_virtual_tokens=4, encoder_reparameterization_type=network)
+    model = get_peft_model(build(), config)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_prompt(tmp_path), model.get_prompt_embedding_to_save("default")[:4])
+
+
+@pytest.mark.parametrize("build, task_type", [(tiny_t5, "SEQ_2_SEQ_LM"), (tiny_gpt2, "CAUSAL_LM")])
+@pytest.mark.parametrize(
+    "config_class, options",
+    [(PrefixTuningConfig, {}), (MultitaskPromptTuningConfig, {"num_tasks": 2}), (LoraConfig, {})],
+)
+def test_an_adapter_of_another_kind_is_refused_by_its_name(config_class, options, build, task_type, tmp_path):
+    if config_class is not LoraConfig:
+        options = {"num_virtual_tokens": 4, **options}
+    config = config_class(task_type=task_type, **options)
+    get_peft_model(build(), config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"`peft_type`='{config.peft_type.value}'.*P_TUNING"):
+        from_prompt(tmp_path)
 
 
 @pytest.mark.parametrize("key", ("prompt_embeddings", "prompt"))

@@ -42,9 +42,11 @@ def layer_norm(x, norm):
     return (x - mean) / (variance + 1e-5).sqrt() * norm["weight"] + norm["bias"]
 
 
-def mlp(x, state, activation):
-    hidden = activation(affine(x, select(state, "down.")))
-    return layer_norm(affine(hidden, select(state, "up.")), select(state, "norm."))
+def mlp(x, state, activation, norm_first):
+    norm = select(state, "norm.")
+    if norm_first:
+        return affine(activation(affine(layer_norm(x, norm), select(state, "down."))), select(state, "up."))
+    return layer_norm(affine(activation(affine(x, select(state, "down."))), select(state, "up.")), norm)
 
 
 def lstm_direction(x, lstm, suffix):
@@ -103,9 +105,10 @@ def reference(state, config):
     if kind == "SUPERPOS":
         return torch.stack([sum(weight * row for weight, row in zip(token, network["rows"])) for token in raw])
     if kind == "MLP1":
-        output = mlp(raw, network, activation)
+        output = mlp(raw, network, activation, config.encoder_norm_first)
     elif kind == "MLP2":
-        output = mlp(mlp(raw, select(network, "0."), activation), select(network, "1."), activation)
+        hidden = mlp(raw, select(network, "0."), activation, config.encoder_norm_first)
+        output = mlp(hidden, select(network, "1."), activation, config.encoder_norm_first)
     elif kind == "TRANSFORMER":
         output = transformer(raw, network, activation, config.encoder_num_attention_heads)
     else:
@@ -182,6 +185,14 @@ def test_encoder_equals_the_formulas(options, length, dtype):
 @pytest.mark.parametrize("kind", ("MLP1", "MLP2", "LSTM", "TRANSFORMER"))
 def test_encoder_equals_the_formulas_with_other_activations(kind, activation, dtype):
     options = {"encoder_reparameterization_type": kind, "encoder_activation": activation}
+    assert_parity(build(**options), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("kind", ("MLP1", "MLP2"))
+def test_encoder_equals_the_formulas_with_the_norm_first(kind, shared, dtype):
+    options = {"encoder_reparameterization_type": kind, "encoder_shared": shared, "encoder_norm_first": True}
     assert_parity(build(**options), dtype)
 
 

@@ -29,6 +29,8 @@ def configurations():
                 for norm in (True, False):
                     flags = {"encoder_residual": residual, "encoder_layer_norm": norm}
                     yield {**base, "encoder_shared": shared, **flags}
+        if kind in ("MLP1", "MLP2"):
+            yield {**base, "encoder_norm_first": True}
 
 
 def label(options):
@@ -69,6 +71,25 @@ def test_every_parameter_gets_a_gradient(options, length):
         # One token has no predecessor: the weights of the recurrence multiply zeros, by the LSTM's own equations.
         unused = [name for name in unused if ".weight_hh_" not in name]
     assert unused == []
+
+
+@pytest.mark.parametrize("options", ({"encoder_norm_first": True}, {"encoder_layer_norm": False}, {}), ids=label)
+@pytest.mark.parametrize("shared", (True, False))
+@pytest.mark.parametrize("kind", ("MLP1", "MLP2"))
+def test_a_network_with_zero_init_starts_at_the_raw_prompt_and_learns(kind, shared, options):
+    encoder = make_encoder(
+        encoder_reparameterization_type=kind, encoder_shared=shared, encoder_zero_init=True, **options
+    )
+    assert torch.equal(encoder(), encoder.embedding.weight)
+    optimizer = torch.optim.AdamW(encoder.network.parameters(), lr=0.01, weight_decay=0.0)
+    before = {name: parameter.detach().clone() for name, parameter in encoder.network.named_parameters()}
+    direction = torch.randn(encoder.embedding.weight.shape)
+    for _ in range(3):  # behind zeros, the weights in front get their first gradient at the second step
+        optimizer.zero_grad()
+        (encoder() * direction).sum().backward()
+        optimizer.step()
+    still = [name for name, parameter in encoder.network.named_parameters() if torch.equal(parameter, before[name])]
+    assert still == []
 
 
 @pytest.mark.parametrize("kind", ("MLP1", "MLP2"))

@@ -213,6 +213,10 @@ def test_interrupting_leaves_a_whole_checkpoint_and_says_how_to_go_on(tmp_path, 
             "`encoder_hidden_size` has no effect with `method` prompt_tuning",
         ),
         (
+            ["--method", "prompt_tuning", "--encoder_zero_init", "True"],
+            "`encoder_zero_init` has no effect with `method` prompt_tuning",
+        ),
+        (
             ["--method", "fine_tuning", "--num_virtual_tokens", "5"],
             "`num_virtual_tokens` has no effect with `method` fine_tuning",
         ),

@@ -121,7 +121,13 @@ def test_weights_that_get_no_gradient(own_names):
 
 @pytest.mark.parametrize("kind", ["MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE"])
 def test_all_built_in_networks_pass(kind):
-    assert found(make_model(encoder_reparameterization_type=kind)) == []
+    args = make_args(learning_rate=0.01 if kind == "SUPERPOS" else 0.3)
+    assert found(make_model(encoder_reparameterization_type=kind), args) == []
+
+
+def test_a_network_that_starts_at_zero_passes():
+    model = make_model(encoder_zero_init=True)
+    assert found(model) == []
 
 
 def test_a_frozen_adapter():
@@ -195,10 +201,18 @@ def make_trainer(folder, factory=None, callback=None, **overrides):
     )
 
 
+@pytest.mark.parametrize(("rate", "severity"), [(0.0, "error"), (1e-4, "warning"), (0.3, "warning"), (0.01, None)])
+def test_rates_of_weights_for_the_vocabulary_are_held_against_their_own_paper(rate, severity):
+    model = make_model(encoder_reparameterization_type="SUPERPOS")
+    findings = [f for f in check_training_setup(model, make_args(learning_rate=rate)) if f.subject == "learning_rate"]
+    assert [f.severity for f in findings] == ([severity] if severity else [])
+    assert all("SuperPos-Prompt (PMLR 262) uses 0.01" in f.remedy for f in findings)
+
+
 def test_the_callback_warns_once_of_what_the_trainer_really_does(tmp_path):
     callback = TrainingSetupCallback()
     trainer = make_trainer(tmp_path, callback=callback, learning_rate=20.0)
-    with pytest.warns(UserWarning, match="warning: learning_rate: .* 20 is above all"):
+    with pytest.warns(UserWarning, match="warning: learning_rate: .* 20 is above 10"):
         trainer.train()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -1,7 +1,6 @@
-"""Time `import peft_residual` against `import peft`: fresh processes in turns, medians and their ratio.
+"""Time what `import peft_residual` adds to `import peft`: both in the same process, a fresh one in each turn.
 
-Processor time is counted, so that other work on the machine shows less. The last line has less noise still: what the
-package adds, timed in the same process right after peft.
+Processor time is counted, so that other work on the machine shows less.
 
     python examples/benchmarks/import_time.py
     python examples/benchmarks/import_time.py --repeats 21
@@ -9,47 +8,39 @@ package adds, timed in the same process right after peft.
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import subprocess
 import sys
+from dataclasses import dataclass, field
+
+from tqdm.auto import tqdm
+from turns import Comparison, Settings, parse, report
 
 
 CODE = """
-import importlib, sys, time
-for name in sys.argv[1:]:
-    start = time.process_time()
-    importlib.import_module(name)
-    print(time.process_time() - start)
+import time
+start = time.process_time()
+import peft
+print(time.process_time() - start)
+import peft_residual
+print(time.process_time() - start)
 """
 
 
-def seconds(*modules: str) -> list[float]:
-    """Import modules one after the other in a fresh process and return what each import took."""
-    command = [sys.executable, "-W", "ignore", "-c", CODE, *modules]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [float(line) for line in output.split()[-len(modules) :]]
+@dataclass
+class ImportSettings(Settings):
+    repeats: int = field(default=11, metadata={"help": "Fresh processes, after one that is dropped."})
 
 
-def main() -> None:
-    """Parse the options, import in turns, print medians and ratios."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=11, help="processes of each (default %(default)s)")
-    options = parser.parse_args()
-
-    seconds("peft_residual")  # fills the caches of files and bytecode
-    alone, with_package, added = [], [], []
-    for _ in range(options.repeats):
-        alone += seconds("peft")
-        with_package += seconds("peft_residual")
-        first, second = seconds("peft", "peft_residual")
-        added.append(1 + second / first)
-    print(f"median of {options.repeats} fresh processes each, in turns; processor seconds")
-    print(f"  import peft                       {statistics.median(alone):6.3f}")
-    print(f"  import peft_residual              {statistics.median(with_package):6.3f}")
-    print(f"  ratio                             {statistics.median(with_package) / statistics.median(alone):6.3f}")
-    print(f"  ratio, both in the same process   {statistics.median(added):6.3f}")
+def measure(settings: ImportSettings) -> Comparison:
+    """Import in fresh processes; the first fills the caches of files and bytecode."""
+    times: dict[str, list[float]] = {"import peft": [], "import peft, peft_residual": []}
+    for _ in tqdm(range(settings.repeats + 1), desc="processes", leave=False):
+        command = [sys.executable, "-W", "ignore", "-c", CODE]
+        printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+        for taken, seconds in zip(times.values(), printed.split()[-2:], strict=True):
+            taken.append(1e3 * float(seconds))
+    return Comparison("processor time", settings, {name: taken[1:] for name, taken in times.items()})
 
 
 if __name__ == "__main__":
-    main()
+    report(measure(parse(ImportSettings, __doc__)))

@@ -10,7 +10,9 @@ from embedded.tasks import MODEL
 from text_to_text.interruption import is_whole
 
 
-NETWORK = ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_learning_rate")
+FORM = ("encoder_reparameterization_type", "encoder_hidden_size", "encoder_shared")
+FORM += ("encoder_norm_first", "encoder_zero_init")
+NETWORK = (*FORM, "encoder_learning_rate")
 UNUSED = {"prompt_tuning": NETWORK, "fine_tuning": ("num_virtual_tokens", *NETWORK)}
 
 
@@ -41,6 +43,9 @@ class Arguments:
     num_virtual_tokens: int = field(default=10, metadata=about("Prompt length."))
     encoder_reparameterization_type: str = field(default="MLP1", metadata=about("The residual prompt's network."))
     encoder_hidden_size: int = field(default=800, metadata=about("Width of its hidden layer."))
+    encoder_shared: bool = field(default=True, metadata=about("One network for all tokens, or one for each."))
+    encoder_norm_first: bool = field(default=False, metadata=about("Whether its LayerNorm is at its beginning."))
+    encoder_zero_init: bool = field(default=False, metadata=about("Whether its last weights start at zero."))
     learning_rate: float | None = field(
         default=None, metadata=about("0.3 for prompts, 3e-4 for full fine-tuning, if not given.")
     )

@@ -39,13 +39,18 @@ def is_whole(checkpoint: Path) -> bool:
     return (checkpoint / "trainer_state.json").is_file()
 
 
+def last_checkpoint(output_dir: Path) -> Path | None:
+    """The last whole checkpoint of a run."""
+    whole = [path for path in output_dir.glob("checkpoint-*") if is_whole(path)]
+    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
 def exit_with_command(output_dir: Path) -> None:
     """Say how to go on from the last whole checkpoint."""
-    whole = [path for path in output_dir.glob("checkpoint-*") if is_whole(path)]
-    if not whole:
+    last = last_checkpoint(output_dir)
+    if last is None:
         print("\nInterrupted before the first checkpoint. Start again with --overwrite.")
         sys.exit(130)
-    last = max(whole, key=lambda path: int(path.name.split("-")[1]))
     words = [word for word in sys.argv if word != "--overwrite"]
     print("\nGo on with:\n" + shlex.join(["python", *words, "--resume_from_checkpoint", str(last)]))
     sys.exit(130)

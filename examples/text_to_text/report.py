@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 
@@ -20,7 +21,6 @@ def report(output_dir: Path, title: str, metrics: tuple[str, ...], scores: dict)
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    (output_dir / "scores.json").write_text(json.dumps(scores, indent=2, default=str))
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for name in metrics:
         points = [(entry["epoch"], entry[name]) for entry in scores["epochs"]]
@@ -33,3 +33,7 @@ def report(output_dir: Path, title: str, metrics: tuple[str, ...], scores: dict)
     axes.legend()
     figure.savefig(output_dir / "scores.png", dpi=120)
     plt.close(figure)
+    # Last, and at once: who finds scores.json finds all else that the run writes.
+    scratch = output_dir / ".scores.json"
+    scratch.write_text(json.dumps(scores, indent=2, default=str))
+    os.replace(scratch, output_dir / "scores.json")

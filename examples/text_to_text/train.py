@@ -31,7 +31,7 @@ from transformers import (
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folders of examples/ find each other
 
-from text_to_text.arguments import Arguments
+from text_to_text.arguments import FORM, Arguments
 from text_to_text.data import find_task, load_texts, longest_target, tokenize
 from text_to_text.interruption import SaveOnInterrupt, exit_with_command
 from text_to_text.metrics import METRICS
@@ -63,8 +63,7 @@ def make_model(args: Arguments):
         config = ResidualPromptTuningConfig(
             task_type="SEQ_2_SEQ_LM",
             num_virtual_tokens=args.num_virtual_tokens,
-            encoder_reparameterization_type=args.encoder_reparameterization_type,
-            encoder_hidden_size=args.encoder_hidden_size,
+            **{name: getattr(args, name) for name in FORM},
             tokenizer_name_or_path=args.model,
             prompt_tuning_init_seed=args.seed,
         )
@@ -171,11 +170,10 @@ def main() -> None:
 
     trainer.compute_metrics = make_scorer(task, data["test"], tokenizer)
     scores = collect_scores(args, task, trainer, trainer.predict(data["test"]).metrics)
-    report(args.output_dir, f"{args.task}, {args.method}", task.metrics, scores)
-
     trainer.model.save_pretrained(args.output_dir / "trained")
     if args.method == "residual":
         save_as_prompt_tuning(trainer.model, args.output_dir / "merged", overwrite=True)
+    report(args.output_dir, f"{args.task}, {args.method}", task.metrics, scores)
     print(f"\n{args.task}, {args.method}: epoch {scores['best']['epoch']:g} of {len(scores['epochs'])} is the best")
     for name in task.metrics:
         print(f"{name:>20}: validation {scores['best'][name]:.4f}, test {scores['test'][name]:.4f}")

@@ -1,0 +1,233 @@
+"""How well and how fast prompts learn: residual prompt tuning and its rivals on the embedded model's tasks.
+
+    python examples/benchmarks/learning.py --short     # one look, 2 minutes on 2 CPU cores
+    python examples/benchmarks/learning.py             # everything that the docs show, an hour
+
+Each run trains one method on one task with one learning rate and one seed, on one thread. A seed chooses the training
+rows, their order and the start, so that methods can be compared in pairs. Accuracy is exact match. Finished runs are
+kept in the output folder and not repeated: interrupt and start again as you like.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import functools
+import hashlib
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `embedded` is in examples/
+
+import learning_methods
+from datasets import disable_progress_bars
+from embedded.tasks import MODEL, TASKS, load_task
+from learning_methods import METHODS, PAPER, PLAIN, RECOMMENDED, SETTINGS, ZERO_START, Run
+from learning_report import write_report
+from learning_statistics import cells
+from peft import get_peft_model
+from tqdm.auto import tqdm
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
+
+from peft_residual import disable_base_dropout
+
+
+# Where the curve is measured, in hundredths of the steps: dense where methods differ.
+EVALUATED = (5, 10, 15, 20, 30, 40, 50, 60, 80, 100)
+
+
+@functools.cache
+def frozen_model() -> tuple[Any, Any]:
+    """The embedded model and its tokenizer."""
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+    return AutoModelForSeq2SeqLM.from_pretrained(MODEL, dtype=torch.float32), AutoTokenizer.from_pretrained(MODEL)
+
+
+@functools.cache
+def split_of(task: str, split: str, shots: int | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A split as padded tensors; all label words have the same number of tokens."""
+    _, tokenizer = frozen_model()
+    size = None if shots is None else shots * len(TASKS[task].labels)
+    rows = load_task(task, train_size=size, seed=seed)[split]
+    inputs = tokenizer(list(rows["text"]), return_tensors="pt", padding=True)
+    return {**inputs, "labels": tokenizer(list(rows["label"]), return_tensors="pt")["input_ids"]}
+
+
+def rows_of(split: dict[str, torch.Tensor], indices: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Some rows of a split, without padding that none of them needs."""
+    rows = {name: tensor[indices] for name, tensor in split.items()}
+    longest = int(rows["attention_mask"].sum(-1).max())
+    return {name: tensor if name == "labels" else tensor[:, :longest] for name, tensor in rows.items()}
+
+
+@torch.no_grad()
+def exact_match(model: Any, split: dict[str, torch.Tensor]) -> float:
+    """The share of rows whose greedily generated text is the label: each token of it has the largest logit."""
+    model.eval()
+    correct = model(**split).logits.argmax(-1) == split["labels"]
+    model.train()
+    return round(correct.all(-1).float().mean().item(), 6)
+
+
+def train(run: Run) -> dict[str, Any]:
+    """Train and evaluate; returns the run with its curve, accuracies, CPU seconds per step and trained parameters."""
+    base, _ = frozen_model()
+    method = METHODS[run.method]
+    torch.manual_seed(run.seed)
+    model = get_peft_model(copy.deepcopy(base), method.config(run)).train()
+    disable_base_dropout(model)
+    optimizer = method.optimizer(model, run.learning_rate)
+    scheduler = None
+    if method.schedule is not None:
+        schedule = functools.partial(method.schedule, steps=run.steps)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+
+    split = split_of(run.task, "train", run.shots, run.seed)
+    generator = torch.Generator().manual_seed(run.seed)
+    epochs = -(-run.steps * run.batch_size // len(split["labels"]))
+    order = torch.cat([torch.randperm(len(split["labels"]), generator=generator) for _ in range(epochs)])
+    evaluated = {max(1, run.steps * share // 100) for share in EVALUATED}
+    half = {name: tensor[:100] for name, tensor in split_of(run.task, "validation").items()}
+    curve, seconds = [], 0.0
+    for step in range(1, run.steps + 1):
+        start = time.process_time()  # of this thread's work alone, however busy the machine is
+        batch = rows_of(split, order[(step - 1) * run.batch_size : step * run.batch_size])
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if scheduler is not None:
+            scheduler.step()
+        seconds += time.process_time() - start
+        if step in evaluated:
+            curve.append((step, exact_match(model, half)))
+    return {
+        **asdict(run),
+        "curve": curve,
+        "validation": exact_match(model, split_of(run.task, "validation")),
+        "test": exact_match(model, split_of(run.task, "test")),
+        "seconds_per_step": seconds / run.steps,
+        "trained": model.get_nb_trainable_parameters()[0],
+    }
+
+
+def run_all(runs: Iterable[Run], folder: Path, processes: int) -> dict[Run, dict[str, Any]]:
+    """Train what the folder's file of runs does not hold yet; each result is added to it as it comes.
+
+    The file's name depends on what the methods are: runs of other methods than these are not taken for finished.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    found = {}
+    path = folder / f"runs-{hashlib.sha256(Path(learning_methods.__file__).read_bytes()).hexdigest()[:12]}.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith("\n"):  # killed while it was written
+        path.write_text("".join(lines[:-1]))
+        del lines[-1]
+    for line in lines:
+        record = json.loads(line)
+        found[Run(**{field.name: record[field.name] for field in fields(Run)})] = record
+    missing = [run for run in dict.fromkeys(runs) if run not in found]
+    context = multiprocessing.get_context("spawn")
+    with (
+        ProcessPoolExecutor(processes, mp_context=context) as pool,
+        path.open("a") as file,
+        tqdm(total=len(missing), desc="runs", smoothing=0.05) as progress,
+    ):
+        futures = {pool.submit(train, run): run for run in missing}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            file.write(json.dumps(future.result()) + "\n")
+            file.flush()
+            progress.update()
+    return found
+
+
+SEEDS = range(5)
+RATES = (0.0003, 0.003, 0.03, 0.3, 3.0)
+# A development task that plain prompt tuning does not master in these steps, and all that nothing was ever chosen on.
+HELD_OUT = tuple(name for name, task in TASKS.items() if not task.development)
+COMPARED = ("topic", *HELD_OUT)
+ALL = [name for name in METHODS if name not in SETTINGS]
+PROMPTS = (PLAIN, "SuperPos", PAPER, RECOMMENDED)
+
+
+def at_own_rate(methods: Iterable[str], tasks: Iterable[str], **settings: Any) -> list[Run]:
+    """Each method at the rate that suited it on development tasks."""
+    return [
+        Run(task, method, METHODS[method].learning_rate, seed, **settings)
+        for method, seed, task in product(methods, SEEDS, tasks)
+    ]
+
+
+def at_rates(methods: Iterable[str], tasks: Iterable[str], rates: Iterable[float]) -> list[Run]:
+    """Each method at each rate."""
+    return [Run(task, method, rate, seed) for method, seed, task, rate in product(methods, SEEDS, tasks, rates)]
+
+
+def suites() -> dict[str, list[Run]]:
+    """What is compared, most important first."""
+    return {
+        "rates": at_rates(ALL, COMPARED, RATES),
+        "shots": [run for shots in (5, 20, 100) for run in at_own_rate(PROMPTS, HELD_OUT, shots=shots)],
+        "starts": [
+            run
+            for init in ("SAMPLE_VOCAB", "TEXT", "RANDOM")
+            for run in at_own_rate((PLAIN, PAPER, RECOMMENDED), HELD_OUT, init=init)
+        ],
+        "length": [run for tokens in (10, 100) for run in at_own_rate(PROMPTS, HELD_OUT, tokens=tokens)],
+        "settings": at_own_rate((RECOMMENDED, PLAIN, PAPER, ZERO_START, *SETTINGS), HELD_OUT),
+    }
+
+
+def main() -> None:
+    """Parse the options, train what is missing, write measurements, page and pictures."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suites", nargs="+", choices=suites(), help="which comparisons (default: all)")
+    parser.add_argument("--short", action="store_true", help="one seed of two tasks, at each method's own rate")
+    parser.add_argument("--smoke", action="store_true", help="four steps of a few runs, to see that it works")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("build/learning"), help="folder (default %(default)s)")
+    options = parser.parse_args()
+    if options.processes < 1:
+        parser.error(f"--processes must be at least 1, got {options.processes}")
+
+    chosen = {name: runs for name, runs in suites().items() if not options.suites or name in options.suites}
+    command, note = "python examples/benchmarks/learning.py", ""
+    if options.short or options.smoke:
+        methods, tasks = (ALL, COMPARED[:2]) if options.short else (PROMPTS, COMPARED[:1])
+        chosen = {"rates": [run for run in at_own_rate(methods, tasks) if run.seed == 0]}
+        command += " --short"
+        note = "A short look: one seed, and each method at one learning rate. It says little."
+    if options.smoke:
+        chosen = {"rates": [replace(run, steps=2) for run in chosen["rates"]]}
+        command, note = command.replace("short", "smoke"), "Two training steps: these figures mean nothing."
+    records = run_all([run for runs in chosen.values() for run in runs], options.output, options.processes)
+    measured = {
+        "command": command,
+        "note": note,
+        "hardware": f"{options.processes} processes of one CPU thread each, torch {torch.__version__}",
+        "suites": {name: cells(records[run] for run in runs) for name, runs in chosen.items()},
+    }
+    (options.output / "learning.json").write_text(json.dumps(measured))
+    write_report(options.output)
+    print((options.output / "learning.md").read_text())
+    print(f"written: {', '.join(str(path) for path in sorted(options.output.glob('learning*')))}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""A table of a paper as one command: every cell is `text_to_text/train.py`, once per seed.
+
+python examples/reproduce/table.py superglue-t5-base --dry_run   # what would run, and what is finished
+python examples/reproduce/table.py superglue-t5-base             # the same command goes on after any interruption
+python examples/reproduce/table.py superglue-t5-base --smoke     # its columns on the embedded model, offline, a minute
+
+Each run is a process of its own with its own folder and log; it counts as finished once it has written its scores,
+which is the last thing it does. `table.md` and `table.json` are written anew after every run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folders of examples/ find each other
+
+from reproduce.plan import Run, Table, check_settings, load_table, plan
+from reproduce.results import write, write_table
+from text_to_text.interruption import last_checkpoint
+
+
+TRAIN = Path(__file__).resolve().parents[1] / "text_to_text" / "train.py"
+INTERRUPTED = (130, -signal.SIGINT)
+
+
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", help="a name in tables/, or a YAML file of your own")
+    parser.add_argument("--output_dir", type=Path, help="build/reproduce/TABLE, if not given")
+    parser.add_argument("--columns", nargs="+", help="only these; one machine can take some, another one the others")
+    parser.add_argument("--tasks", nargs="+", help="only these")
+    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs and run none")
+    parser.add_argument("--smoke", action="store_true", help="every column on the embedded model, a few rows, offline")
+    return parser.parse_args(words)
+
+
+def chosen(args: argparse.Namespace, table: Table, runs: list[Run]) -> list[Run]:
+    for name in ("columns", "tasks", "seeds"):
+        given, known = getattr(args, name) or [], list(getattr(table, name))
+        for value in given:
+            if value not in known:
+                sys.exit(f"--{name} {value} is not in the table. It has: {', '.join(map(str, known))}.")
+        runs = [run for run in runs if not given or getattr(run, name.removesuffix("s")) in given]
+    return runs
+
+
+def launch(run: Run) -> int:
+    """Run to the end, from the last whole checkpoint if there is one; the exit status."""
+    write(run.folder / "settings.json", json.dumps(run.settings, indent=2))
+    checkpoint = last_checkpoint(run.folder)
+    go_on = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else ["--overwrite"]
+    # Ctrl-C reaches the run too, which finishes its step and saves: wait for it.
+    previous = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with (run.folder / "log.txt").open("a") as log:
+            command = [sys.executable, str(TRAIN), *run.words, *go_on]
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT).wait()
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def main(words: list[str] | None = None) -> None:
+    args = parse(words)
+    table = load_table(args.table, args.smoke)
+    name = Path(args.table).stem + ("-smoke" if args.smoke else "")
+    output_dir = args.output_dir or Path("build/reproduce") / name
+    everything = plan(table, output_dir)
+    runs = chosen(args, table, everything)
+    check_settings(everything)
+
+    waiting = [run for run in runs if run.scores() is None]
+    print(f"{table.title}: {len(runs)} runs, {len(runs) - len(waiting)} of them finished.")
+    if args.dry_run:
+        for run in waiting:
+            print(shlex.join(["python", str(TRAIN), *run.words]))
+        return
+    failed = []
+    with tqdm(total=len(runs), initial=len(runs) - len(waiting), unit="run") as bar:
+        for run in waiting:
+            bar.set_description(f"{run.column}, {run.task}, seed {run.seed}")
+            status = launch(run)
+            if status in INTERRUPTED:
+                sys.exit("Interrupted. The same command goes on from here.")
+            if status != 0:
+                failed.append(run)
+            write_table(table, everything, output_dir)
+            bar.update()
+    print(write_table(table, everything, output_dir))
+    print(f"written to {output_dir}: table.json, table.md, and a folder per run")
+    if failed:
+        logs = "\n".join(str(run.folder / "log.txt") for run in failed)
+        sys.exit(f"{len(failed)} runs failed; the same command tries them again. Their logs:\n{logs}")
+
+
+if __name__ == "__main__":
+    main()
