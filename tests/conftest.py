@@ -132,6 +132,16 @@ def tokenizer(tokenizer_folder):
     return AutoTokenizer.from_pretrained(tokenizer_folder)
 
 
+@pytest.fixture(scope="module")
+def base_folder(tokenizer, tmp_path_factory):
+    """A saved T5 with its tokenizer."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("base")
+    tiny_t5().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 # --- configs and encoders -------------------------------------------------------------------------------------
 
 

@@ -16,16 +16,6 @@ from scenarios import SCENARIOS
 from peft_residual.cli import COMMANDS, main
 
 
-@pytest.fixture(scope="module")
-def base_folder(tokenizer, tmp_path_factory):
-    """A saved T5 with its tokenizer."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    tiny_t5().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
 def adapter(base_folder, tmp_path):
     """A saved residual adapter that names its base model."""

@@ -96,15 +96,6 @@ def no_faults(hub):
 
 
 @pytest.fixture(scope="module")
-def base_folder(tokenizer, tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("base")
-    tiny_t5().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def adapter(base_folder, tmp_path_factory):
     """A saved adapter, and what its model computes."""
     folder = tmp_path_factory.mktemp("adapter")

@@ -195,9 +195,12 @@ def suites() -> dict[str, list[Run]]:
 def main() -> None:
     """Parse the options, train what is missing, write measurements, page and pictures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--suites", nargs="+", choices=suites(), help="which comparisons (default: all)")
-    parser.add_argument("--short", action="store_true", help="one seed of two tasks, at each method's own rate")
-    parser.add_argument("--smoke", action="store_true", help="four steps of a few runs, to see that it works")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--suites", nargs="+", choices=suites(), help="which comparisons beside the rates (default: all)"
+    )
+    which.add_argument("--short", action="store_true", help="one seed of two tasks, at each method's own rate")
+    which.add_argument("--smoke", action="store_true", help="four steps of a few runs, to see that it works")
     parser.add_argument(
         "--processes", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
     )
@@ -206,8 +209,14 @@ def main() -> None:
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")
 
-    chosen = {name: runs for name, runs in suites().items() if not options.suites or name in options.suites}
+    chosen = {
+        name: runs
+        for name, runs in suites().items()
+        if name == "rates" or not options.suites or name in options.suites
+    }
     command, note = "python examples/benchmarks/learning.py", ""
+    if options.suites:
+        command += f" --suites {' '.join(options.suites)}"
     if options.short or options.smoke:
         methods, tasks = (ALL, COMPARED[:2]) if options.short else (PROMPTS, COMPARED[:1])
         chosen = {"rates": [run for run in at_own_rate(methods, tasks) if run.seed == 0]}
