@@ -200,7 +200,7 @@ def main() -> None:
         "--suites", nargs="+", choices=suites(), help="which comparisons beside the rates (default: all)"
     )
     which.add_argument("--short", action="store_true", help="one seed of two tasks, at each method's own rate")
-    which.add_argument("--smoke", action="store_true", help="four steps of a few runs, to see that it works")
+    which.add_argument("--smoke", action="store_true", help="two steps of a few runs, to see that it works")
     parser.add_argument(
         "--processes", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
     )
