@@ -12,7 +12,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 help:
 	@echo "make demo      train, resume, evaluate, merge and reload a residual prompt (3 minutes, no network)"
 	@echo "make test      run all tests"
-	@echo "make quality   ruff and mypy"
+	@echo "make quality   ruff, import-linter and mypy"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make learning  compare methods anew, write docs/learning.md and the README's table (an hour on 2 CPU cores)"
 	@echo "make report    write them anew from docs/learning.json"
@@ -32,6 +32,7 @@ test: $(INSTALLED)
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 format: $(INSTALLED)

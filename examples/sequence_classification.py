@@ -36,9 +36,9 @@ from peft_residual import (
     ResidualPromptTuningConfig,
     TrainingSetupCallback,
     disable_base_dropout,
-    most_common_token_ids,
     save_as_prompt_tuning,
 )
+from peft_residual.initialization import most_common_token_ids
 
 
 @dataclass

@@ -22,14 +22,14 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import CARD_NAME, MODEL_CLASSES, read_results, update_card
-from .checkpoint import locate
-from .export import save_as_prompt_tuning, save_prompt_tensor
-from .inspection import inspect_prompt
-from .plotting import plot_prompt
-from .prefix_tuning import save_as_prefix_tuning
-from .validation import check_adapter, read_adapter_config
-from .vocabulary import save_as_vocabulary
+from .analysis.plots import plot_prompt
+from .analysis.report import inspect_prompt
+from .export.prefix_tuning import save_as_prefix_tuning
+from .export.prompt_tuning import save_as_prompt_tuning, save_prompt_tensor
+from .export.vocabulary import save_as_vocabulary
+from .storage.checkpoint import locate
+from .storage.model_card import CARD_NAME, MODEL_CLASSES, read_results, update_card
+from .storage.validation import check_adapter, read_adapter_config
 
 
 @dataclass(frozen=True)

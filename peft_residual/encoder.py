@@ -13,11 +13,11 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
-from . import checkpoint
 from .config import ResidualPromptTuningConfig
-from .distributed import whole_state, whole_tensors
 from .initialization import initialize_prompt
-from .reparameterization import build_network
+from .networks import build_network
+from .storage import checkpoint
+from .storage.sharded import whole_state, whole_tensors
 
 
 _RANDOM_STATE_LOCK = threading.RLock()

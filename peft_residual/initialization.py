@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import read_prompt
 from .config import ResidualPromptTuningConfig
-from .distributed import gathered
 from .registry import INITIALIZATIONS
+from .storage.checkpoint import read_prompt
+from .storage.sharded import gathered
 
 
 Initializer = Callable[[ResidualPromptTuningConfig, nn.Module, torch.Generator], Tensor]

@@ -33,10 +33,10 @@ from peft_residual import (
     convert_to_prompt_tuning,
     create_residual_optimizer,
     disable_base_dropout,
-    distributed,
     get_prompt_tensor,
     save_as_prompt_tuning,
 )
+from peft_residual.storage import sharded as distributed
 
 
 STEPS = 20  # of four rows or, for T5, of two accumulated batches of four

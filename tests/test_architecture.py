@@ -12,70 +12,23 @@ import pytest
 from peft.tuners import tuners_utils
 
 import peft_residual
-from peft_residual.compat import check_peft
+from peft_residual.peft_model.compat import check_peft
 
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it
+    import tomli as tomllib
 
 PACKAGE = Path(peft_residual.__file__).parent
-TREES = {path.stem: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
-
-# Every module, and all that it may import of the package. A module may only import from those above it.
-MAY_IMPORT = {
-    "compat": set(),
-    "registry": set(),
-    "config": {"registry"},
-    "checkpoint": set(),
-    "writing": set(),
-    "distributed": set(),
-    "reparameterization": {"registry", "config"},
-    "initialization": {"registry", "config", "checkpoint", "distributed"},
-    "encoder": {"config", "checkpoint", "distributed", "reparameterization", "initialization"},
-    "batch": set(),
-    "prompt_cache": set(),
-    "card": {"checkpoint", "config", "writing"},
-    "modeling": {"batch", "card", "config", "distributed", "prompt_cache", "writing"},
-    "optimization": {"config", "encoder"},
-    "validation": {"registry", "config", "checkpoint", "reparameterization", "encoder"},
-    "registration": {"checkpoint", "config", "encoder", "modeling", "optimization", "validation"},
-    "training_setup": {"distributed", "encoder", "modeling", "optimization"},
-    "export": {"card", "checkpoint", "config", "distributed", "validation", "writing"},
-    "prefix_tuning": {"checkpoint", "export"},
-    "vocabulary": {"batch", "export", "writing"},
-    "serving": {"export"},
-    "inspection": {"checkpoint", "config", "encoder", "export", "initialization", "validation"},
-    "plotting": {"inspection"},
-    "cli": {
-        "card",
-        "checkpoint",
-        "export",
-        "inspection",
-        "plotting",
-        "prefix_tuning",
-        "validation",
-        "vocabulary",
-    },
-    "__main__": {"cli"},
-    "__init__": {
-        "compat",
-        "config",
-        "encoder",
-        "export",
-        "initialization",
-        "inspection",
-        "optimization",
-        "plotting",
-        "prefix_tuning",
-        "registration",
-        "reparameterization",
-        "serving",
-        "training_setup",
-        "validation",
-        "vocabulary",
-    },
+TREES = {
+    path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text(encoding="utf-8"))
+    for path in sorted(PACKAGE.rglob("*.py"))
 }
 # What may be imported when a module is; anything else only inside the function that needs it.
 AT_IMPORT = {"peft", "safetensors", "torch", *sys.stdlib_module_names}
-ALSO_AT_IMPORT = {"training_setup": {"transformers"}}  # its `trainer_callback`, which loads in 20 ms after PEFT
-TOUCHES_PEFT = {"registration"}
+ALSO_AT_IMPORT = {"training/checks.py": {"transformers"}}  # its `trainer_callback`, which loads in 20 ms after PEFT
+TOUCHES_PEFT = {"peft_model/register.py"}
 
 
 def imports(node):
@@ -101,43 +54,24 @@ def at_import(tree):
             yield node
 
 
-def imported_from_the_package(tree):
-    found = set()
-    for level, module, names in imports(tree):
-        if level == 1:
-            found.update([module] if module else names)
-        elif level == 0 and module.split(".")[0] == "peft_residual":
-            found.add(module)
-    return found
-
-
-def test_every_module_has_its_place_in_the_table():
-    assert set(TREES) == set(MAY_IMPORT)
-
-
-def test_the_table_has_no_circles():
-    order = [name for name in MAY_IMPORT if name != "__init__"]
-    below = {name: MAY_IMPORT[name] for name in order}
-    while below:
-        free = {name for name, needs in below.items() if not needs & below.keys()}
-        assert free, f"these import each other: {sorted(below)}"
-        below = {name: needs for name, needs in below.items() if name not in free}
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_a_module_imports_only_from_those_above_it(name):
-    assert imported_from_the_package(TREES[name]) <= MAY_IMPORT[name]
+def test_contributing_has_the_layers_in_the_order_that_import_linter_holds():
+    """The contract in pyproject.toml, highest first; the table in CONTRIBUTING.md, lowest first."""
+    root = PACKAGE.parent
+    layers = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]["layers"]
+    contract = [re.findall(r"[\w.]+", layer) for layer in layers]
+    rows = re.findall(r"^\| (`.+?) \|", (root / "CONTRIBUTING.md").read_text(), re.M)
+    table = [
+        name.strip("/").removesuffix(".py").replace("/", ".") for row in rows for name in re.findall("`(.+?)`", row)
+    ]
+    places = [i for name in table for i, layer in enumerate(reversed(contract)) if name in layer]
+    assert places == sorted(places)
+    assert {name for layer in contract for name in layer} == set(table)
 
 
 @pytest.mark.parametrize("name", TREES)
 def test_nothing_heavy_is_imported_with_a_module(name):
     found = {m.split(".")[0] for node in at_import(TREES[name]) for level, m, _ in imports(node) if not level}
     assert found <= AT_IMPORT | ALSO_AT_IMPORT.get(name, set())
-
-
-@pytest.mark.parametrize("name", TREES)
-def test_relative_imports_stay_inside_the_package(name):
-    assert {level for level, _, _ in imports(TREES[name])} <= {0, 1}
 
 
 # --- who changes PEFT -----------------------------------------------------------------------------------------------
@@ -192,13 +126,13 @@ def changes_to(tree, names):
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_only_registration_changes_anything_of_peft(name):
+def test_only_register_changes_anything_of_peft(name):
     lines = sorted(changes_to(TREES[name], peft_names(TREES[name])))
     assert bool(lines) == (name in TOUCHES_PEFT), f"lines {lines}"
 
 
 @pytest.mark.parametrize("name", TREES)
-def test_only_registration_changes_the_class_of_an_object(name):
+def test_only_register_changes_the_class_of_an_object(name):
     assigned = {
         target.attr
         for node in ast.walk(TREES[name])
@@ -255,9 +189,9 @@ def test_importing_the_package_loads_nothing_heavy_beyond_peft_and_is_silent():
 
 
 def test_peft_is_checked_before_anything_else_of_the_package_is_imported():
-    lines = [ast.unparse(node) for node in TREES["__init__"].body]
+    lines = [ast.unparse(node) for node in TREES["__init__.py"].body]
     check = lines.index("check_peft()")
-    assert [line for line in lines[1:check] if "import" in line] == ["from .compat import check_peft"]
+    assert [line for line in lines[1:check] if "import" in line] == ["from .peft_model.compat import check_peft"]
 
 
 @pytest.mark.parametrize(

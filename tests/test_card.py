@@ -10,7 +10,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS, fresh, outputs_of
 
 from peft_residual import save_as_prefix_tuning, save_as_prompt_tuning
-from peft_residual.card import update_card
+from peft_residual.storage.model_card import update_card
 
 
 def blocks(card):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from peft_residual import checkpoint, save_as_prompt_tuning
+from peft_residual import save_as_prompt_tuning
+from peft_residual.storage import checkpoint
 
 
 WEIGHTS = "adapter_model.safetensors"

@@ -26,7 +26,8 @@ from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh
 
-from peft_residual import check_adapter, register_reparameterization, save_as_prompt_tuning
+from peft_residual import register_reparameterization, save_as_prompt_tuning
+from peft_residual.storage.validation import check_adapter
 
 
 TASKS = ("t5", "llama", "bert-sequence")

@@ -19,8 +19,9 @@ from peft import (
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh, outputs_of, train
 
-from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning, save_prompt_tensor
-from peft_residual.checkpoint import read_prompt
+from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning
+from peft_residual.export import save_prompt_tensor
+from peft_residual.storage.checkpoint import read_prompt
 
 
 T5 = SCENARIOS["t5"]
@@ -258,7 +259,7 @@ def test_a_folder_that_holds_no_adapter_is_never_replaced(tmp_path, monkeypatch)
 
 
 def test_failing_write_leaves_the_old_folder(tmp_path, monkeypatch):
-    from peft_residual import export
+    from peft_residual.export import prompt_tuning as export
 
     model, out = T5.model(), tmp_path / "merged"
     save_as_prompt_tuning(model, out)

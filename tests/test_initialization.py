@@ -28,13 +28,8 @@ from peft import (
 )
 from safetensors.torch import save_file
 
-from peft_residual import (
-    ResidualPromptEncoder,
-    most_common_token_ids,
-    register_initialization,
-    save_as_prompt_tuning,
-)
-from peft_residual.initialization import initialize_prompt, sample_rows
+from peft_residual import ResidualPromptEncoder, register_initialization, save_as_prompt_tuning
+from peft_residual.initialization import initialize_prompt, most_common_token_ids, sample_rows
 from peft_residual.registry import INITIALIZATIONS
 
 

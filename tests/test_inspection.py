@@ -8,7 +8,8 @@ from conftest import EOS, WIDTH, WORDS, make_config, tiny_llama, tiny_t5
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS
 
-from peft_residual import convert_to_prompt_tuning, inspect_prompt, nearest_tokens
+from peft_residual import convert_to_prompt_tuning, inspect_prompt
+from peft_residual.analysis import nearest_tokens
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +71,7 @@ def test_a_distance_of_nothing_is_nothing_far_from_the_origin():
 
 def test_a_large_vocabulary_is_compared_in_parts(model, monkeypatch):
     whole = nearest_tokens(model, k=4)
-    monkeypatch.setattr("peft_residual.inspection._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("peft_residual.analysis.report._ROWS_AT_ONCE", 7)
     parts = nearest_tokens(model, k=4)
     for name in whole:
         for metric in whole[name]:

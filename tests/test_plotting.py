@@ -9,14 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from scenarios import SCENARIOS
 
-from peft_residual import (
-    convert_to_prompt_tuning,
-    inspect_prompt,
-    plot_map,
-    plot_norms,
-    plot_prompt,
-    plot_similarity,
-)
+from peft_residual import convert_to_prompt_tuning, inspect_prompt
+from peft_residual.analysis import plot_map, plot_norms, plot_prompt, plot_similarity
 
 
 @pytest.fixture(scope="module")

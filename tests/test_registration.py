@@ -89,7 +89,7 @@ def test_importing_again_and_reloading_change_nothing_more():
     import torch, peft
     from peft import PeftModel, get_peft_model
     import peft_residual
-    from peft_residual import registration
+    from peft_residual.peft_model import register as registration
     before = (dict(peft.PEFT_TYPE_TO_TUNER_MAPPING), PeftModel.add_adapter, PeftModel.load_adapter)
     peft_residual.register()
     importlib.reload(registration).register()

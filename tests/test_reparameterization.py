@@ -10,8 +10,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peft_residual import register_reparameterization
+from peft_residual.networks import PerTokenLayerNorm, PerTokenLinear, build_network
 from peft_residual.registry import REPARAMETERIZATIONS
-from peft_residual.reparameterization import PerTokenLayerNorm, PerTokenLinear, build_network
 
 
 KINDS = ("MLP1", "MLP2", "LSTM1", "LSTM2", "LSTM", "TRANSFORMER", "SUPERPOS", "NONE")

@@ -1,4 +1,4 @@
-"""Requests to vLLM and SGLang, decoded as `peft_residual/serving.py` says that those engines do."""
+"""Requests to vLLM and SGLang, decoded as `peft_residual/export/serving.py` says that those engines do."""
 
 import base64
 import io
@@ -11,7 +11,7 @@ from peft import get_peft_model
 from scenarios import SCENARIOS, outputs_of
 from test_prefix_tuning import tiny
 
-from peft_residual import embed_with_prompt, sglang_request, vllm_request
+from peft_residual.export import embed_with_prompt, sglang_request, vllm_request
 
 
 LLAMA = SCENARIOS["llama"]

@@ -9,16 +9,16 @@ from scenarios import SCENARIOS, fresh, outputs_of, train
 
 from peft_residual import (
     ResidualPromptEncoder,
-    check_adapter,
     convert_to_prompt_tuning,
     create_residual_optimizer,
     get_prompt_tensor,
     inspect_prompt,
-    plot_prompt,
     register_reparameterization,
     save_as_prefix_tuning,
     save_as_prompt_tuning,
 )
+from peft_residual.analysis import plot_prompt
+from peft_residual.storage.validation import check_adapter
 
 
 SUPERPOS = {"encoder_reparameterization_type": "SUPERPOS"}

@@ -11,7 +11,7 @@ from conftest import make_config
 from peft import PeftModel
 from scenarios import SCENARIOS, fresh, outputs_of, train
 
-from peft_residual import writing
+from peft_residual.storage import atomic as writing
 
 
 T5 = SCENARIOS["t5"]
@@ -29,6 +29,7 @@ from conftest import make_config, tiny_llama
 from peft import get_peft_model
 from test_vocabulary import characters_behind_a_space
 from peft_residual import *
+from peft_residual.export import save_prompt_tensor
 
 torch.set_num_threads(1)
 tokenizer = characters_behind_a_space()

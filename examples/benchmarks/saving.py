@@ -28,8 +28,8 @@ from peft_residual import (
     save_as_prefix_tuning,
     save_as_prompt_tuning,
     save_as_vocabulary,
-    save_prompt_tensor,
 )
+from peft_residual.export import save_prompt_tensor
 
 
 PLAIN, P_TUNING, RESIDUAL = "prompt tuning, PEFT", "P-tuning, PEFT", "residual"

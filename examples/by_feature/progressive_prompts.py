@@ -27,7 +27,7 @@ from peft_residual import (
     register_reparameterization,
     save_as_prompt_tuning,
 )
-from peft_residual.reparameterization import MLP
+from peft_residual.networks import MLP
 
 
 @dataclass

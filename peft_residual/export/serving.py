@@ -22,7 +22,7 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
-from .export import get_prompt_tensor, require_adapter
+from .prompt_tuning import get_prompt_tensor, require_adapter
 
 
 @torch.no_grad()

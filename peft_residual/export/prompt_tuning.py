@@ -16,10 +16,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import card, checkpoint, writing
-from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
-from .distributed import is_spread
-from .validation import read_adapter
+from ..config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
+from ..storage import atomic, checkpoint, model_card
+from ..storage.sharded import is_spread
+from ..storage.validation import read_adapter
 
 
 def get_prompt_tensor(model: PeftModel, adapter_name: str = "default") -> Tensor:
@@ -143,7 +143,7 @@ def save_prompt_tensor(
         ValueError: If the name ends otherwise, or there is no such prompt.
         FileExistsError: If `out` exists and `overwrite` is False.
     """
-    out = writing.resolve(out)
+    out = atomic.resolve(out)
     if out.suffix not in _TENSOR_WRITERS:
         raise ValueError(f"`out`={str(out)!r} must end in one of {sorted(_TENSOR_WRITERS)}, which name the format.")
     if isinstance(model_or_adapter_folder, PeftModel):
@@ -152,7 +152,7 @@ def save_prompt_tensor(
     else:
         prompt, rows = checkpoint.read_prompt(model_or_adapter_folder)
     prompt = prompt[:rows]  # PEFT keeps a second set for the decoder, which sees none of it
-    with writing.new_file(out, overwrite=overwrite) as path:
+    with atomic.new_file(out, overwrite=overwrite) as path:
         # A copy of its own: torch would write the whole storage of a view.
         _TENSOR_WRITERS[out.suffix](prompt.float().contiguous().clone(), path)
     return out
@@ -190,11 +190,11 @@ def write_adapter(
     overwrite: bool,
 ) -> Path:
     """Write a folder that PEFT loads, whole or not at all; its model card describes the adapter that was trained."""
-    out = writing.resolve(out)
-    with writing.new_folder(out, marker=CONFIG_NAME, overwrite=overwrite) as folder:
+    out = atomic.resolve(out)
+    with atomic.new_folder(out, marker=CONFIG_NAME, overwrite=overwrite) as folder:
         save_file({k: t.contiguous() for k, t in tensors.items()}, folder / SAFETENSORS_WEIGHTS_NAME, {"format": "pt"})
         (folder / CONFIG_NAME).write_text(json.dumps(config.to_dict(), indent=2, sort_keys=True), encoding="utf-8")
-        card.update_card(folder, trained_as=trained_as.to_dict())
+        model_card.update_card(folder, trained_as=trained_as.to_dict())
     return out
 
 

@@ -1,6 +1,6 @@
 """PEFT's model classes with what prompt learning lacks there, for residual adapters only.
 
-A `PeftModel` that is given a residual adapter becomes an instance of the matching class below (see `registration.py`).
+A `PeftModel` that is given a residual adapter becomes an instance of the matching class below (see `register.py`).
 While the active adapter is of any other kind, every method here passes on to PEFT's.
 """
 
@@ -29,8 +29,10 @@ from peft import (
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from . import card, writing
-from .batch import (
+from ..config import ResidualPromptTuningConfig
+from ..storage import atomic, model_card
+from ..storage.sharded import is_spread, whole_state
+from .inputs import (
     NO_ADAPTER,
     BatchPrompt,
     extend,
@@ -41,8 +43,6 @@ from .batch import (
     refuse_packing,
     reorder,
 )
-from .config import ResidualPromptTuningConfig
-from .distributed import is_spread, whole_state
 from .prompt_cache import PromptCache
 
 
@@ -380,8 +380,8 @@ class ResidualPeftModel(PeftModel):
         if not is_main_process:  # writes nothing, but takes part in gathering
             super().save_pretrained(save_directory, *args, **kwargs)
             return
-        with writing.new_adapters(save_directory) as folder:
-            old_card = os.path.join(save_directory, card.CARD_NAME)
+        with atomic.new_adapters(save_directory) as folder:
+            old_card = os.path.join(save_directory, model_card.CARD_NAME)
             if os.path.isfile(old_card):
                 shutil.copy(old_card, folder)
             super().save_pretrained(str(folder), *args, **kwargs)
@@ -399,7 +399,7 @@ class ResidualPeftModel(PeftModel):
         merged_from = getattr(encoders.get("default"), "trained_as", None)
         tags = getattr(self.get_base_model(), "model_tags", None) or ()
         try:
-            card.update_card(output_dir, subfolders=subfolders, results={}, trained_as=merged_from, tags=tags)
+            model_card.update_card(output_dir, subfolders=subfolders, results={}, trained_as=merged_from, tags=tags)
         except ValueError as error:
             warnings.warn(f"The model card was not brought up to date. {error}", stacklevel=3)
 

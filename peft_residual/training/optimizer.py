@@ -1,31 +1,15 @@
-"""What training a soft prompt needs: a rate for each part that is trained, and no dropout in the frozen model."""
+"""An optimizer with a learning rate for each part of an adapter: prompt, network, heads."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .config import ResidualPromptTuningConfig
-from .encoder import ResidualPromptEncoder
-
-
-# A soft prompt that moves by less than this at each step hardly moves at all: PEFT's own comparison on MetaMathQA has
-# 23 % at 1e-3 and 6 % at 1e-4.
-SMALLEST_LEARNING_RATE = 1e-3
-
-
-def published_rate(config: ResidualPromptTuningConfig) -> str:
-    """Which learning rate the prompt has in the paper of the config's network, for messages."""
-    if config.mixes_vocabulary:
-        return "SuperPos-Prompt (PMLR 262) uses 0.01."
-    return "Razdaibiedina et al. (2023) use 0.3."
+from ..encoder import ResidualPromptEncoder
 
 
 def create_residual_optimizer(
@@ -133,104 +117,3 @@ def _trainable_parts(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]
             yield "modules_to_save", name, parameter
         else:
             yield ("prompt" if name == f"{prefix}embedding.weight" else "encoder"), name, parameter
-
-
-_unseen: WeakSet[ResidualPromptEncoder] = WeakSet()
-_hooks: list[Any] = []
-
-
-def watch_learning_rate(encoder: ResidualPromptEncoder) -> None:
-    """Warn at the first step of an optimizer that trains this encoder's prompt at a rate far too small for it.
-
-    The Trainer's default is such a rate. Whichever trainer or loop it is, an optimizer's step is where it shows.
-    """
-    _unseen.add(encoder)
-    if not _hooks:
-        _hooks.append(register_optimizer_step_pre_hook(_warn_of_small_rates))
-
-
-def _warn_of_small_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if torch.compiler.is_compiling():
-        return
-    watched = [encoder for encoder in list(_unseen) if encoder.is_trainable]
-    if not watched:
-        return
-    rates = {
-        id(p): group.get("initial_lr", group.get("lr")) for group in optimizer.param_groups for p in group["params"]
-    }
-    for encoder in watched:
-        prompt = encoder.embedding.weight
-        if id(prompt) not in rates:
-            continue
-        _unseen.discard(encoder)
-        rate = rates[id(prompt)]
-        if isinstance(rate, float) and rate < SMALLEST_LEARNING_RATE:
-            warnings.warn(
-                f"A residual prompt is trained with learning rate {rate:g}, which hardly moves it (the Trainer's "
-                f"default is 5e-5). Set `learning_rate`; {published_rate(encoder.config)}",
-                stacklevel=2,
-            )
-
-
-class BaseDropoutOff:
-    """The frozen model's dropout, switched off until [`undo`] is called or the `with` block ends.
-
-    See [`disable_base_dropout`].
-    """
-
-    def __init__(self, changed: list[tuple[nn.Module, str, float]]) -> None:
-        self._changed = changed
-
-    def undo(self) -> None:
-        """Put every probability back."""
-        for module, attribute, probability in self._changed:
-            setattr(module, attribute, probability)
-        self._changed = []
-
-    def __enter__(self) -> BaseDropoutOff:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
-
-
-def disable_base_dropout(model: PeftModel) -> BaseDropoutOff:
-    """Switch off the dropout of the frozen base model, which stays in train mode (gradient checkpointing needs that).
-
-    In `.train()` a frozen model drops out too, and a prompt learns against that noise: off, residual prompt tuning of
-    T5-base gains from 56.0 to 70.8 points (SuperPos-Prompt, PMLR 262). Both dropout modules and probabilities that a
-    module hands to functions are set to 0, layer drop included. The adapter's own `encoder_dropout` and heads that are
-    trained along keep theirs.
-
-    Args:
-        model ([`~peft.PeftModel`]): A model with a prompt; changed in place.
-
-    Returns:
-        [`BaseDropoutOff`]: Call its `undo()`, or use it as a context manager, to put the probabilities back.
-
-    Raises:
-        ValueError: If `model` is no `PeftModel`.
-    """
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"`model` must be a PeftModel, got {type(model).__name__}. Unwrap it first.")
-    active = list(active_dropout(model))
-    for module, name, _ in active:
-        setattr(module, name, 0.0)
-    return BaseDropoutOff(active)
-
-
-def active_dropout(model: PeftModel) -> Iterator[tuple[nn.Module, str, float]]:
-    """Every probability above 0 at which the frozen base model drops out: module, attribute, value."""
-    trained = [module for module in model.base_model.modules() if hasattr(module, "modules_to_save")]
-    kept = {id(module) for wrapper in trained for module in wrapper.modules()}
-    for module in model.base_model.modules():
-        if id(module) in kept:
-            continue
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            names = ["p"]
-        else:
-            names = [name for name in vars(module) if "dropout" in name or name in ("layerdrop", "drop_prob")]
-        for name in names:
-            value = getattr(module, name)
-            if isinstance(value, float) and value > 0:
-                yield module, name, value

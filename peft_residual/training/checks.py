@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from transformers.trainer_callback import TrainerCallback
 
-from .distributed import is_spread
-from .encoder import ResidualPromptEncoder
-from .modeling import ResidualPeftModel
-from .optimization import SMALLEST_LEARNING_RATE, active_dropout, published_rate
+from ..encoder import ResidualPromptEncoder
+from ..peft_model.base import ResidualPeftModel
+from ..peft_model.learning_rate import SMALLEST_LEARNING_RATE, published_rate
+from ..storage.sharded import is_spread
+from .dropout import active_dropout
 
 
 LARGEST_LEARNING_RATE = 10.0  # the paper's largest

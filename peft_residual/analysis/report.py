@@ -17,12 +17,12 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor, nn
 
-from .checkpoint import PROMPT_KEY, RAW_PROMPT, unpack
-from .config import ResidualPromptTuningConfig
-from .encoder import ResidualPromptEncoder
-from .export import get_prompt_tensor
-from .initialization import look_up, num_rows
-from .validation import read_adapter
+from ..config import ResidualPromptTuningConfig
+from ..encoder import ResidualPromptEncoder
+from ..export.prompt_tuning import get_prompt_tensor
+from ..initialization import look_up, num_rows
+from ..storage.checkpoint import PROMPT_KEY, RAW_PROMPT, unpack
+from ..storage.validation import read_adapter
 
 
 METRICS = ("cosine", "euclidean")

@@ -1,7 +1,7 @@
 """Plugs residual prompt tuning into PEFT: the only file that changes anything in it.
 
 Two mapping entries make PEFT build and read residual adapters. Three methods of `PeftModel` are wrapped, since they
-refuse or cannot do what residual adapters can: `add_adapter` (gives the model its class of `modeling.py`),
+refuse or cannot do what residual adapters can: `add_adapter` (gives the model its class of `base.py`),
 `load_adapter` and `from_pretrained` (`is_trainable=True`, checks of the file). Wrappers hand everything that is not a
 residual adapter to PEFT's own method, unchanged. `docs/how-it-plugs-in.md` says why each is needed.
 """
@@ -26,11 +26,11 @@ from peft.tuners.prompt_tuning import PromptEmbedding
 from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor
 
-from . import checkpoint, validation
-from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
-from .encoder import ResidualPromptEncoder
-from .modeling import RESIDUAL_MODEL_CLASSES, ResidualPeftModel
-from .optimization import watch_learning_rate
+from ..config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
+from ..encoder import ResidualPromptEncoder
+from ..storage import checkpoint, validation
+from .base import RESIDUAL_MODEL_CLASSES, ResidualPeftModel
+from .learning_rate import watch_learning_rate
 
 
 _LOCK = threading.Lock()

@@ -14,8 +14,8 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from . import checkpoint, writing
-from .config import PEFT_TYPE_NAME
+from ..config import PEFT_TYPE_NAME
+from . import atomic, checkpoint
 
 
 CARD_NAME = "README.md"
@@ -99,7 +99,7 @@ def update_card(
     if results is not None:
         text = _put(text, "results", _results(results))
     card.text = "\n" + text.strip() + "\n"
-    with writing.new_file(path, overwrite=True) as new:
+    with atomic.new_file(path, overwrite=True) as new:
         card.save(new)
     return path
 

@@ -25,11 +25,11 @@ from peft.tuners.prompt_tuning import PromptTuningInit
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from torch import Tensor
 
+from ..config import PEFT_TYPE_NAME, ResidualPromptTuningConfig, check_types
+from ..encoder import check_projection
+from ..networks import build_network
+from ..registry import REPARAMETERIZATIONS
 from . import checkpoint
-from .config import PEFT_TYPE_NAME, ResidualPromptTuningConfig, check_types
-from .encoder import check_projection
-from .registry import REPARAMETERIZATIONS
-from .reparameterization import build_network
 
 
 _CONFIG_CLASSES: dict[str, type[PromptTuningConfig]] = {

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .inspection import PromptReport
+from .report import PromptReport
 
 
 if TYPE_CHECKING:

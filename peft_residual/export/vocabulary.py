@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
-from . import writing
-from .batch import NO_ADAPTER
-from .export import evaluating, get_prompt_tensor, is_close, require_adapter
+from ..peft_model.inputs import NO_ADAPTER
+from ..storage import atomic
+from .prompt_tuning import evaluating, get_prompt_tensor, is_close, require_adapter
 
 
 logger = logging.getLogger(__name__)
@@ -109,11 +109,11 @@ def save_as_vocabulary(
     state, config, generation_config = _extend(base_model, prompts, token_ids)
     _check_shapes(base_model, config, state)
     size = sum({t.untyped_storage().data_ptr(): t.nbytes for t in state.values()}.values())
-    export = VocabularyExport(writing.resolve(out), prefixes, token_ids, size, writing.check_room(out, size))
+    export = VocabularyExport(atomic.resolve(out), prefixes, token_ids, size, atomic.check_room(out, size))
     logger.info("%s: %s bytes to write, %s bytes free.", export.folder, f"{size:,}", f"{export.free:,}")
     if dry_run:
         return export
-    with writing.new_folder(export.folder, marker=CONFIG_NAME, overwrite=overwrite) as folder:
+    with atomic.new_folder(export.folder, marker=CONFIG_NAME, overwrite=overwrite) as folder:
         saved = copy.copy(base_model)  # the same weights under another config
         saved.config, saved.generation_config = config, generation_config
         saved.save_pretrained(folder, state_dict=state)

@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model_state_dict
 from torch import Tensor
 
-from . import checkpoint
-from .export import evaluating, get_prompt_tensor, is_close, require_adapter, write_adapter
+from ..storage import checkpoint
+from .prompt_tuning import evaluating, get_prompt_tensor, is_close, require_adapter, write_adapter
 
 
 PROBE_LENGTH = 8
