@@ -167,12 +167,12 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         return REPARAMETERIZATIONS[self.encoder_reparameterization_type].mixes_vocabulary
 
     @property
-    def raw_width(self) -> int:
+    def embedding_width(self) -> int:
         """Columns of the raw prompt: `token_dim`, or one for each row that is mixed."""
         return self.encoder_hidden_size if self.mixes_vocabulary else self.token_dim
 
     @property
-    def num_start_rows(self) -> int:
+    def num_initial_rows(self) -> int:
         """Rows of width `token_dim` that a start makes: one for each virtual token, or the rows that are mixed."""
         return self.encoder_hidden_size if self.mixes_vocabulary else self.total_virtual_tokens
 

@@ -17,7 +17,7 @@ from .config import ResidualPromptTuningConfig
 from .initialization import initialize_prompt
 from .networks import build_network
 from .storage import checkpoint
-from .storage.sharded import whole_state, whole_tensors
+from .storage.sharded import gathered_state, gathered_tensors
 
 
 _RANDOM_STATE_LOCK = threading.RLock()
@@ -73,7 +73,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
                 self.network = build_network(config)
             # In inference mode the weights come from a checkpoint, and the start's sources may be gone.
             if config.inference_mode:
-                raw = torch.zeros(config.total_virtual_tokens, config.raw_width)
+                raw = torch.zeros(config.total_virtual_tokens, config.embedding_width)
             else:
                 raw = initialize_prompt(config, word_embeddings, generator)
                 if config.mixes_vocabulary:  # token i starts as row i, from the first again after the last
@@ -115,14 +115,14 @@ class ResidualPromptEncoder(BasePromptEncoder):
                 # Taken one by one from their modules, which is where ZeRO-3 notices that it must gather them.
                 floats = {n: self.network.get_parameter(n).float() for n, _ in self.network.named_parameters()}
                 floats |= {n: b.float() if b.is_floating_point() else b for n, b in self.network.named_buffers()}
-                shell = self._shell.train(self.network.training)
+                shell = self._skeleton.train(self.network.training)
                 output = torch.func.functional_call(shell, floats, (raw,), tie_weights=True)
             else:
                 output = self.network(raw)
             return _add_skip(self.config, raw, output)
 
     @functools.cached_property
-    def _shell(self) -> nn.Module:
+    def _skeleton(self) -> nn.Module:
         """The network without weights, and without the hooks of trainers, which take no weights but their own.
 
         It is no submodule: `nn.Module` does not see what `cached_property` keeps.
@@ -135,7 +135,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         """The projected prompt of frozen weights, without dropout: computed when they change, else remembered."""
         projected = self._remembered()
         if projected is None:
-            projected = project_state(self.config, whole_state(self), self.network).to(self.embedding.weight.device)
+            projected = project_state(self.config, gathered_state(self), self.network).to(self.embedding.weight.device)
             self._remember(projected)
         return projected
 
@@ -174,17 +174,20 @@ class ResidualPromptEncoder(BasePromptEncoder):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         prefix, encoder = f"prompt_encoder.{adapter_name}.", model.prompt_encoder[adapter_name]
-        names = [checkpoint.RAW_PROMPT, *(checkpoint.NETWORK_PREFIX + name for name in encoder._shell.state_dict())]
-        state = whole_tensors({name: state_dict[prefix + name] for name in names if prefix + name in state_dict})
-        if checkpoint.RAW_PROMPT not in state:
+        names = [
+            checkpoint.EMBEDDING_KEY,
+            *(checkpoint.NETWORK_PREFIX + name for name in encoder._skeleton.state_dict()),
+        ]
+        state = gathered_tensors({name: state_dict[prefix + name] for name in names if prefix + name in state_dict})
+        if checkpoint.EMBEDDING_KEY not in state:
             raise ValueError(
-                f"`state_dict` has no `{prefix}{checkpoint.RAW_PROMPT}`, so adapter {adapter_name!r} cannot be saved "
+                f"`state_dict` has no `{prefix}{checkpoint.EMBEDDING_KEY}`, so adapter {adapter_name!r} cannot be saved "
                 "from it. Pass the whole model's state dict, or none. The Trainer has one under ZeRO-3 if "
                 "`stage3_gather_16bit_weights_on_model_save` (accelerate: `zero3_save_16bit_model`) is true."
             )
-        if not state[checkpoint.RAW_PROMPT].numel():
+        if not state[checkpoint.EMBEDDING_KEY].numel():
             raise ValueError(
-                f"`{prefix}{checkpoint.RAW_PROMPT}` is empty in `state_dict`: its numbers are spread over processes "
+                f"`{prefix}{checkpoint.EMBEDDING_KEY}` is empty in `state_dict`: its numbers are spread over processes "
                 "(ZeRO-3). Call `model.save_pretrained` in every process, or pass "
                 "`state_dict=accelerator.get_state_dict(engine)`."
             )
@@ -225,11 +228,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         check_projection(encoder.config, state, projected, encoder.network)
         # Copied: a file's tensors may lie at odd addresses, where torch takes other kernels, to other last bits.
         live = {f"prompt_encoder.{adapter_name}.{k}": t.to(own[k].device, copy=True) for k, t in state.items()}
-        return {**others, **live, checkpoint.PROMPT_KEY: projected.to(own[checkpoint.RAW_PROMPT].device)}
+        return {**others, **live, checkpoint.PROJECTED_KEY: projected.to(own[checkpoint.EMBEDDING_KEY].device)}
 
     def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
         # `load_state_dict` of the model has set the weights by their names; what is left is their projection.
-        self._remember(state_dict[checkpoint.PROMPT_KEY])
+        self._remember(state_dict[checkpoint.PROJECTED_KEY])
 
 
 def _add_skip(config: ResidualPromptTuningConfig, raw: Tensor, output: Tensor) -> Tensor:
@@ -255,7 +258,7 @@ def project_state(
     """
     with _own_random_state(0):  # the weights that the network starts with are replaced on the next lines
         network = build_network(config).eval()
-    raw = state[checkpoint.RAW_PROMPT].to("cpu", torch.float32)
+    raw = state[checkpoint.EMBEDDING_KEY].to("cpu", torch.float32)
     prefix, persistent = checkpoint.NETWORK_PREFIX, network.state_dict()
     recomputed = {prefix + name for name, _ in network.named_buffers() if name not in persistent}
     found = {key: tensor for key, tensor in state.items() if key.startswith(prefix) and key not in recomputed}

@@ -1,7 +1,7 @@
 """Ways to start a prompt: small functions, randomness in as a generator, `[P, H]` in float32 on the CPU out.
 
 Letters used below: `P` virtual tokens, `H` width of the embeddings, `V` rows of the embedding table. Where the network
-mixes rows of the vocabulary, the start draws those, and `P` is `config.num_start_rows`. Rows are read by calling the
+mixes rows of the vocabulary, the start draws those, and `P` is `config.num_initial_rows`. Rows are read by calling the
 embedding module, since that is what the model's own inputs go through (some models scale there).
 """
 
@@ -55,7 +55,7 @@ def initialize_prompt(
         ValueError: If the start cannot be made, or has another shape.
     """
     prompt = INITIALIZATIONS[config.prompt_tuning_init].builder(config, word_embeddings, generator)
-    expected = (config.num_start_rows, config.token_dim)
+    expected = (config.num_initial_rows, config.token_dim)
     if tuple(prompt.shape) != expected:
         raise ValueError(
             f"prompt_tuning_init={config.prompt_tuning_init!r} made a prompt of shape {tuple(prompt.shape)}, expected "
@@ -184,7 +184,7 @@ def sample_vocabulary(
     config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
 ) -> Tensor:
     """Distinct rows of the whole table."""
-    return _sample(config, word_embeddings, generator, config.num_start_rows, range(num_rows(word_embeddings)))
+    return _sample(config, word_embeddings, generator, config.num_initial_rows, range(num_rows(word_embeddings)))
 
 
 @register_initialization("COMMON_VOCAB")
@@ -192,7 +192,7 @@ def sample_common_vocabulary(
     config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
 ) -> Tensor:
     """Distinct rows among the `init_vocab_size` most common ones (Lester et al., 2021, section 3.2: 5,000)."""
-    return _sample_common(config, word_embeddings, generator, config.num_start_rows)
+    return _sample_common(config, word_embeddings, generator, config.num_initial_rows)
 
 
 def _sample_common(

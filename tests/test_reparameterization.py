@@ -47,8 +47,8 @@ CONFIGURATIONS = list(configurations())
 @pytest.mark.parametrize("options", CONFIGURATIONS, ids=label)
 def test_projected_prompt_has_the_shape_of_the_raw_one(options, length):
     encoder = make_encoder(num_virtual_tokens=length, **options)
-    raw_width = 8 if options["encoder_reparameterization_type"] == "SUPERPOS" else WIDTH
-    assert encoder.embedding.weight.shape == (length, raw_width)
+    embedding_width = 8 if options["encoder_reparameterization_type"] == "SUPERPOS" else WIDTH
+    assert encoder.embedding.weight.shape == (length, embedding_width)
     assert encoder().shape == (length, WIDTH)
     assert encoder(torch.zeros(3, length, dtype=torch.long)).shape == (3, length, WIDTH)
 

@@ -21,7 +21,7 @@ from ..config import ResidualPromptTuningConfig
 from ..encoder import ResidualPromptEncoder
 from ..export.prompt_tuning import get_prompt_tensor
 from ..initialization import look_up, num_rows
-from ..storage.checkpoint import PROMPT_KEY, RAW_PROMPT, unpack
+from ..storage.checkpoint import EMBEDDING_KEY, PROJECTED_KEY, unpack
 from ..storage.validation import read_adapter
 
 
@@ -227,8 +227,8 @@ def inspect_prompt(
     else:
         name = str(model_or_adapter_folder)
         config, tensors = read_adapter(model_or_adapter_folder)
-        projected = tensors[PROMPT_KEY].float()
-        raw = unpack(tensors)[1][RAW_PROMPT].float() if _has_raw(config) else None
+        projected = tensors[PROJECTED_KEY].float()
+        raw = unpack(tensors)[1][EMBEDDING_KEY].float() if _has_raw(config) else None
         no_start = "that takes the base model."
     unit = nn.functional.normalize(projected, dim=1)
     return PromptReport(

@@ -78,7 +78,7 @@ def save_as_prefix_tuning(
     # PEFT's order: token by token, layer by layer, key before value, head by head.
     flat = torch.stack([tensor[0].transpose(0, 1) for tensor in keys_and_values], dim=1).reshape(tokens, -1)
     saved = checkpoint.strip(get_peft_model_state_dict(model, adapter_name=adapter_name))
-    tensors = {**saved, checkpoint.PROMPT_KEY: flat.cpu()}
+    tensors = {**saved, checkpoint.PROJECTED_KEY: flat.cpu()}
     return write_adapter(out, prefix_config, tensors, trained_as=config, overwrite=overwrite)
 
 

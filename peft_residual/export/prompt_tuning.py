@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
 from ..storage import atomic, checkpoint, model_card
-from ..storage.sharded import is_spread
+from ..storage.sharded import is_sharded
 from ..storage.validation import read_adapter
 
 
@@ -54,7 +54,7 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
     """
     require_adapter(model, adapter_name, ResidualPromptTuningConfig)
     encoder = model.prompt_encoder[adapter_name]
-    if is_spread(encoder):
+    if is_sharded(encoder):
         raise ValueError(
             f"The weights of adapter {adapter_name!r} are spread over processes (FSDP2 or ZeRO-3), which hold on to "
             "them. Save it with `model.save_pretrained` and merge the folder with `save_as_prompt_tuning`."
@@ -165,7 +165,7 @@ def _write_npy(prompt: Tensor, path: Path) -> None:
 
 
 _TENSOR_WRITERS: dict[str, Callable[[Tensor, Path], None]] = {
-    ".safetensors": lambda prompt, path: save_file({checkpoint.PROMPT_KEY: prompt}, path, {"format": "pt"}),
+    ".safetensors": lambda prompt, path: save_file({checkpoint.PROJECTED_KEY: prompt}, path, {"format": "pt"}),
     ".npy": _write_npy,
     ".pt": torch.save,
 }

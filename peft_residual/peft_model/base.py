@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from ..config import ResidualPromptTuningConfig
 from ..storage import atomic, model_card
-from ..storage.sharded import is_spread, whole_state
+from ..storage.sharded import gathered_state, is_sharded
 from .inputs import (
     NO_ADAPTER,
     BatchPrompt,
@@ -168,7 +168,7 @@ class ResidualPeftModel(PeftModel):
                 del inputs["token_type_ids"]
         if self.has_token_labels and inputs.get("labels") is not None:
             inputs["labels"] = extend(inputs["labels"], length, -100, "labels")
-        if not self.reads_left_to_right():
+        if not self.is_decoder_only():
             # Bidirectional models number positions in ways of their own (RoBERTa starts at 2): leave it to them.
             if position_ids is not None:
                 warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
@@ -211,11 +211,11 @@ class ResidualPeftModel(PeftModel):
 
     def text_start(self, prompt: BatchPrompt) -> int | Tensor:
         """Where the input's tokens begin in the outputs: one number, or `[B]`."""
-        if prompt.lengths is None or self.reads_left_to_right():
+        if prompt.lengths is None or self.is_decoder_only():
             return prompt.embeds.shape[1]
         return prompt.lengths
 
-    def reads_left_to_right(self) -> bool:
+    def is_decoder_only(self) -> bool:
         """Whether the base model is decoder-only, whatever head it has."""
         from transformers.models.auto import modeling_auto
 
@@ -339,7 +339,7 @@ class ResidualPeftModel(PeftModel):
         if not isinstance(self.peft_config[adapter_name], ResidualPromptTuningConfig):
             return super().get_prompt_embedding_to_save(adapter_name)
         encoder = self.prompt_encoder[adapter_name]
-        return encoder.project_saved(whole_state(encoder))
+        return encoder.project_saved(gathered_state(encoder))
 
     def save_pretrained(
         self,
@@ -372,8 +372,8 @@ class ResidualPeftModel(PeftModel):
         trained = [
             (n, m) for n, m in self.named_modules() if n == "prompt_encoder" or isinstance(m, AuxiliaryTrainingWrapper)
         ]
-        if residual and kwargs.get("state_dict") is None and any(is_spread(module) for _, module in trained):
-            kwargs["state_dict"] = {k: t for name, module in trained for k, t in whole_state(module, name).items()}
+        if residual and kwargs.get("state_dict") is None and any(is_sharded(module) for _, module in trained):
+            kwargs["state_dict"] = {k: t for name, module in trained for k, t in gathered_state(module, name).items()}
         if selected_adapters is None and kwargs.get("state_dict"):
             selected_adapters = self._adapters_in(kwargs["state_dict"])
         args = (safe_serialization, selected_adapters, save_embedding_layers, is_main_process)
@@ -468,7 +468,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
         Raises:
             ValueError: If the base model does not read from left to right.
         """
-        if not self.reads_left_to_right():
+        if not self.is_decoder_only():
             raise ValueError(
                 f"Only a causal model has a prompt cache, and {_model_type(self.base_model)!r} reads in both "
                 "directions. Use the model without it."
@@ -500,7 +500,7 @@ class ResidualPeftModelForCausalLM(ResidualPeftModel, PeftModelForCausalLM):
             "past_key_values": cache,
         }
 
-    def reads_left_to_right(self) -> bool:
+    def is_decoder_only(self) -> bool:
         """All do but those made from bidirectional models; a type that transformers does not know is taken to."""
         from transformers.models.auto import modeling_auto
 
@@ -569,7 +569,7 @@ class ResidualPeftModelForSequenceClassification(ResidualPeftModel, PeftModelFor
     def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         """As for all tasks; a decoder-only model finds padding in `input_ids`, which are gone then: by a mask."""
         ids, pad = inputs.get("input_ids"), getattr(self.base_model.config, "pad_token_id", None)
-        if inputs.get("attention_mask") is None and ids is not None and pad is not None and self.reads_left_to_right():
+        if inputs.get("attention_mask") is None and ids is not None and pad is not None and self.is_decoder_only():
             inputs = {**inputs, "attention_mask": (ids != pad).long()}
         return super().prepend_prompt(prompt, inputs)
 

@@ -18,7 +18,7 @@ from ..encoder import ResidualPromptEncoder
 SMALLEST_LEARNING_RATE = 1e-3
 
 
-def published_rate(config: ResidualPromptTuningConfig) -> str:
+def published_learning_rate(config: ResidualPromptTuningConfig) -> str:
     """Which learning rate the prompt has in the paper of the config's network, for messages."""
     if config.mixes_vocabulary:
         return "SuperPos-Prompt (PMLR 262) uses 0.01."
@@ -57,6 +57,6 @@ def _warn_of_small_rates(optimizer: torch.optim.Optimizer, args: Any, kwargs: An
         if isinstance(rate, float) and rate < SMALLEST_LEARNING_RATE:
             warnings.warn(
                 f"A residual prompt is trained with learning rate {rate:g}, which hardly moves it (the Trainer's "
-                f"default is 5e-5). Set `learning_rate`; {published_rate(encoder.config)}",
+                f"default is 5e-5). Set `learning_rate`; {published_learning_rate(encoder.config)}",
                 stacklevel=2,
             )

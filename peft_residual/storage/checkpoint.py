@@ -28,10 +28,10 @@ from torch import Tensor
 
 
 FORMAT_VERSION = 1
-PROMPT_KEY = "prompt_embeddings"
+PROJECTED_KEY = "prompt_embeddings"
 PREFIX = "residual_prompt_tuning."
 VERSION_KEY = PREFIX + "format_version"
-RAW_PROMPT = "embedding.weight"
+EMBEDDING_KEY = "embedding.weight"
 NETWORK_PREFIX = "network."
 # PEFT saves other things under the same key for its other types, such as keys and values for PREFIX_TUNING.
 _PROMPT_TYPES = ("RESIDUAL_PROMPT_TUNING", "PROMPT_TUNING", "P_TUNING", "CPT")
@@ -47,7 +47,7 @@ def pack(projected: Tensor, encoder_state: Mapping[str, Tensor]) -> dict[str, Te
     Returns:
         `dict[str, torch.Tensor]`: The tensors under the keys of the table above.
     """
-    packed = {PROMPT_KEY: projected, VERSION_KEY: torch.tensor(FORMAT_VERSION)}
+    packed = {PROJECTED_KEY: projected, VERSION_KEY: torch.tensor(FORMAT_VERSION)}
     packed.update({PREFIX + leaf: tensor for leaf, tensor in encoder_state.items()})
     return packed
 
@@ -69,7 +69,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], di
             f"The checkpoint has format version {version.tolist()}, this peft_residual reads {FORMAT_VERSION}. "
             "Upgrade peft_residual."
         )
-    if version is None or PREFIX + RAW_PROMPT not in tensors:
+    if version is None or PREFIX + EMBEDDING_KEY not in tensors:
         raise ValueError(
             "The checkpoint holds a projected prompt without the raw prompt and its network, though its config says "
             "RESIDUAL_PROMPT_TUNING. It cannot be trained on or saved again. Use the folder that "
@@ -77,7 +77,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor], di
         )
     state = {key.removeprefix(PREFIX): tensors[key] for key in tensors if key.startswith(PREFIX)}
     del state[VERSION_KEY.removeprefix(PREFIX)]
-    others = {key: tensors[key] for key in tensors if key != PROMPT_KEY and not key.startswith(PREFIX)}
+    others = {key: tensors[key] for key in tensors if key != PROJECTED_KEY and not key.startswith(PREFIX)}
     return projected, state, others
 
 
@@ -87,12 +87,12 @@ def projected_prompt(tensors: Mapping[str, Tensor]) -> Tensor:
     Raises:
         ValueError: If there is none.
     """
-    if PROMPT_KEY not in tensors:
+    if PROJECTED_KEY not in tensors:
         raise ValueError(
-            f"The checkpoint has no `{PROMPT_KEY}`, it holds {sorted(tensors)}. It is not a prompt, or only half of "
+            f"The checkpoint has no `{PROJECTED_KEY}`, it holds {sorted(tensors)}. It is not a prompt, or only half of "
             "one: save the adapter again."
         )
-    return tensors[PROMPT_KEY]
+    return tensors[PROJECTED_KEY]
 
 
 def format_version(tensors: Mapping[str, Tensor]) -> int | None:
@@ -287,11 +287,11 @@ def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
 
 
 def _only_prompt(tensors: Mapping[str, Tensor], source: Path) -> Tensor:
-    if PROMPT_KEY in tensors:
-        return tensors[PROMPT_KEY]
+    if PROJECTED_KEY in tensors:
+        return tensors[PROJECTED_KEY]
     if len(tensors) == 1:
         return next(iter(tensors.values()))
-    raise ValueError(f"`{source}` holds {sorted(tensors)}, expected `{PROMPT_KEY}` or a single tensor.")
+    raise ValueError(f"`{source}` holds {sorted(tensors)}, expected `{PROJECTED_KEY}` or a single tensor.")
 
 
 def _read_npy(path: Path) -> Tensor:

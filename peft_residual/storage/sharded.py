@@ -14,7 +14,7 @@ from torch import Tensor, nn
 PATIENCE = timedelta(minutes=3)
 
 
-def is_spread(module: nn.Module) -> bool:
+def is_sharded(module: nn.Module) -> bool:
     """Whether this process has only parts of the module's parameters."""
     return any(hasattr(p, "ds_id") or hasattr(p, "full_tensor") for p in module.parameters())
 
@@ -37,7 +37,7 @@ def gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
         yield
 
 
-def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def gathered_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Bring tensors to the CPU, `DTensor`s put together. Every process must call it where there are any.
 
     Raises:
@@ -51,7 +51,7 @@ def whole_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
+def gathered_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """Copy a module's parameters and buffers to the CPU, whole. Every process must call it where they are spread.
 
     Raises:
@@ -59,7 +59,7 @@ def whole_state(module: nn.Module, prefix: str = "") -> dict[str, Tensor]:
     """
     with gathered(module.parameters()):
         # Not `state_dict()`: called within a forward pass, FSDP2 would take apart what the pass still needs.
-        tensors = whole_tensors(dict([*module.named_parameters(prefix), *module.named_buffers(prefix)]))
+        tensors = gathered_tensors(dict([*module.named_parameters(prefix), *module.named_buffers(prefix)]))
         return {name: tensor.clone() for name, tensor in tensors.items()}
 
 

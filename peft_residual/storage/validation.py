@@ -137,7 +137,7 @@ def check_tensors(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) -> 
         _check_state(config, state)
     if tuple(prompt.shape) != (rows, width) or not prompt.numel() or not prompt.is_floating_point():
         raise ValueError(
-            f"`{checkpoint.PROMPT_KEY}`: expected [{rows}, {width}] floating-point numbers (`num_virtual_tokens`, "
+            f"`{checkpoint.PROJECTED_KEY}`: expected [{rows}, {width}] floating-point numbers (`num_virtual_tokens`, "
             f"`token_dim`), found {list(prompt.shape)} of type {prompt.dtype}. Config and weights are of two adapters "
             "or damaged: save or download the adapter again."
         )
@@ -150,13 +150,13 @@ def check_tensors(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) -> 
 
 
 def _check_state(config: ResidualPromptTuningConfig, state: Mapping[str, Tensor]) -> None:
-    raw = torch.empty(config.total_virtual_tokens, config.raw_width, device="meta")
-    expected = {leaf: tensor for leaf, tensor in state.items() if leaf != checkpoint.RAW_PROMPT}
+    raw = torch.empty(config.total_virtual_tokens, config.embedding_width, device="meta")
+    expected = {leaf: tensor for leaf, tensor in state.items() if leaf != checkpoint.EMBEDDING_KEY}
     # A network of the user's own may not be buildable without numbers; it is compared once it is built.
     if REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder.__module__ == build_network.__module__:
         network = build_network(config, "meta").state_dict()
         expected = {checkpoint.NETWORK_PREFIX + leaf: tensor for leaf, tensor in network.items()}
-    expected[checkpoint.RAW_PROMPT] = raw
+    expected[checkpoint.EMBEDDING_KEY] = raw
     checkpoint.check_leaves(expected, state)
     wrong = [k for k, t in expected.items() if t.is_floating_point() != state[k].is_floating_point()]
     if wrong:
@@ -289,7 +289,7 @@ def _check_agreement(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) 
         projected, state, others = checkpoint.unpack(tensors)
         check_projection(config, state, projected)
     else:
-        others = {key: tensor for key, tensor in tensors.items() if key != checkpoint.PROMPT_KEY}
+        others = {key: tensor for key, tensor in tensors.items() if key != checkpoint.PROJECTED_KEY}
     modules = config.modules_to_save
     named = [key for key in others if key.startswith("base_model.") and not set(key) & set("/\\")]
     accounted = keys_of_modules(named, modules)

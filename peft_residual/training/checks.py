@@ -13,8 +13,8 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..encoder import ResidualPromptEncoder
 from ..peft_model.base import ResidualPeftModel
-from ..peft_model.learning_rate import SMALLEST_LEARNING_RATE, published_rate
-from ..storage.sharded import is_spread
+from ..peft_model.learning_rate import SMALLEST_LEARNING_RATE, published_learning_rate
+from ..storage.sharded import is_sharded
 from .dropout import active_dropout
 
 
@@ -145,7 +145,7 @@ def _check_weights(model: ResidualPeftModel) -> Iterator[Finding]:
             "Load it with `is_trainable=True`, or `model.set_adapter` the one to train.",
         )
         return
-    if is_spread(encoder) or is_spread(model.word_embeddings):
+    if is_sharded(encoder) or is_sharded(model.word_embeddings):
         yield Finding(
             "info",
             "model",
@@ -218,21 +218,21 @@ def _check_learning_rates(
             "error",
             "learning_rate",
             f"The prompt's learning rate is {prompt_rate:g}: nothing would be trained.",
-            published_rate(config),
+            published_learning_rate(config),
         )
     elif prompt_rate is not None and prompt_rate < SMALLEST_LEARNING_RATE:
         yield Finding(
             "warning",
             "learning_rate",
             f"The prompt's learning rate of {prompt_rate:g} hardly moves it (the Trainer's default is 5e-5).",
-            published_rate(config),
+            published_learning_rate(config),
         )
     elif prompt_rate is not None and prompt_rate > largest:
         yield Finding(
             "warning",
             "learning_rate",
             f"The prompt's learning rate of {prompt_rate:g} is above {largest:g}, the largest that is of use.",
-            published_rate(config),
+            published_learning_rate(config),
         )
     head_rates = [found.get(identity, rate) for identity in head]
     head_rate = max((r for r in head_rates if r is not None), default=0.0)
@@ -266,7 +266,7 @@ def _check_tokenizer(model: ResidualPeftModel, args: Any, tokenizer: Any) -> Ite
             "The tokenizer has no padding token: texts of different lengths cannot share a batch.",
             "Set one, such as `tokenizer.pad_token = tokenizer.eos_token`.",
         )
-    side, causal = getattr(tokenizer, "padding_side", None), model.reads_left_to_right()
+    side, causal = getattr(tokenizer, "padding_side", None), model.is_decoder_only()
     if causal and side == "right" and getattr(args, "predict_with_generate", False):
         yield Finding(
             "warning",
