@@ -27,9 +27,10 @@ from .analysis.report import inspect_prompt
 from .export.prefix_tuning import save_as_prefix_tuning
 from .export.prompt_tuning import save_as_prompt_tuning, save_prompt_tensor
 from .export.vocabulary import save_as_vocabulary
-from .storage.checkpoint import locate
+from .storage.files import locate
 from .storage.model_card import CARD_NAME, MODEL_CLASSES, read_results, update_card
-from .storage.validation import check_adapter, read_adapter_config
+from .storage.saved_adapter import read_adapter_config
+from .storage.validation import check_adapter
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def check_command(parser: ArgumentParser) -> Run:
 
     def run(options: Namespace) -> Outcome:
         report = check_adapter(options.adapter, **_revision(options))
-        return Outcome(str(report), report.to_dict(), code=0 if report.is_whole else 1)
+        return Outcome(str(report), report.to_dict(), code=0 if report.is_valid else 1)
 
     return run
 
@@ -197,7 +198,7 @@ def push_command(parser: ArgumentParser) -> Run:
         if not os.path.isdir(options.adapter):
             raise ValueError(f"`{options.adapter}` is no folder. Name the adapter's folder.")
         report = check_adapter(options.adapter)
-        if not report.is_whole:
+        if not report.is_valid:
             return Outcome(str(report), report.to_dict(), code=1)
         if not Path(options.adapter, CARD_NAME).is_file():
             update_card(options.adapter)

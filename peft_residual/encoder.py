@@ -1,12 +1,14 @@
-"""The prompt encoder: a raw prompt, a network, and the projected prompt that the frozen model sees."""
+"""`ResidualPromptEncoder`: the prompt embedding `E`, the network `φ`, and the projected prompt `E' = E + φ(E)`."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from peft import PeftModel
@@ -14,75 +16,100 @@ from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
 from .config import ResidualPromptTuningConfig
+from .config_checks import check_token_dim
 from .initialization import initialize_prompt
 from .networks import build_network
+from .registry import REPARAMETERIZATIONS
 from .storage import checkpoint
 from .storage.sharded import gathered_state, gathered_tensors
 
 
 _RANDOM_STATE_LOCK = threading.RLock()
-
-
-@contextmanager
-def _own_random_state(seed: int) -> Iterator[None]:
-    """Run with torch's CPU generator seeded, and put its state back: modules take their weights from no other."""
-    with _RANDOM_STATE_LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield
+_LIVE: WeakSet[ResidualPromptEncoder] = WeakSet()
 
 
 class ResidualPromptEncoder(BasePromptEncoder):
     """Soft prompt trained through a network: `E' = E + φ(E)` (Razdaibiedina et al., 2023, section 3).
 
-    It sits in `model.prompt_encoder[adapter_name]`. `P` is the number of virtual tokens, `H` the embedding width.
+    It is `model.prompt_encoder[adapter_name]`. `P` is the number of virtual tokens, `H` the width of the embeddings.
 
-    While it has trainable parameters, every call computes the projected prompt. Frozen, it computes the projected
-    prompt once, without dropout, and serves that: inference costs what plain prompt tuning costs.
+    While it has trainable parameters, every call computes the projected prompt. When frozen, it computes the projected
+    prompt once, without dropout, and returns that: inference costs the same as with plain prompt tuning.
 
     Args:
         config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
-        word_embeddings (`torch.nn.Module`): The base model's word embedding module; read once, for the start.
+        word_embeddings (`torch.nn.Module`): The base model's word embeddings; read once, for the initialization.
+        special_ids (`Collection[int]`): Special token ids of the base model, which no initialization may sample.
 
     **Attributes**:
-        - **embedding** (`torch.nn.Embedding`) -- The raw prompt `E`, `embedding.weight` of shape `[P, H]`, float32;
-          for a network that mixes `M` rows of the vocabulary, their weights `[P, M]`.
-        - **network** (`torch.nn.Module`) -- The network `φ`.
+        - **config** ([`ResidualPromptTuningConfig`]) -- The adapter's configuration.
+        - **embedding** (`torch.nn.Embedding`) -- The prompt embedding `E`, `embedding.weight` `[P, H]`, float32. For a
+          network that mixes `M` rows of the vocabulary, their weights `[P, M]`.
+        - **network** (`torch.nn.Module`) -- The network `φ`, float32.
 
     Raises:
-        ValueError: If the config does not fit the model, or the start cannot be made.
+        ValueError: If the config does not fit the model, or the prompt cannot be initialized.
     """
 
     _projected: Tensor | None
 
-    def __init__(self, config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> None:
-        super().__init__()
-        config.check_token_dim()
-        width = getattr(word_embeddings, "embedding_dim", config.token_dim)
-        if width != config.token_dim:
-            raise ValueError(
-                f"`token_dim`={config.token_dim} does not fit the model, whose word embeddings have width {width}. "
-                f"Load the adapter into the base model that it was trained for, or set token_dim={width}."
-            )
-        self.config = config
-        seed = config.prompt_tuning_init_seed
-        with torch.device("cpu"):  # whatever the user's default device is: PEFT moves the encoder
-            generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-            # Drawn first, so that prompt and network do not start from the same stream of numbers.
-            network_seed = int(torch.randint(2**62, (), generator=generator))
+    def __init__(
+        self, config: ResidualPromptTuningConfig, word_embeddings: nn.Module, special_ids: Collection[int] = ()
+    ) -> None:
+        check_token_dim(config)
+        check_width(config, word_embeddings)
+        with torch.device("cpu"):  # even if the user has set another default device: PEFT moves the encoder
+            generator, network_seed = _random_sources(config)
             with _own_random_state(network_seed):
-                self.network = build_network(config)
-            # In inference mode the weights come from a checkpoint, and the start's sources may be gone.
-            if config.inference_mode:
-                raw = torch.zeros(config.total_virtual_tokens, config.embedding_width)
-            else:
-                raw = initialize_prompt(config, word_embeddings, generator)
-                if config.mixes_vocabulary:  # token i starts as row i, from the first again after the last
-                    self.network.get_buffer("rows").copy_(raw)
-                    raw = nn.functional.one_hot(torch.arange(config.total_virtual_tokens) % len(raw), len(raw)).float()
-            self.embedding = nn.Embedding.from_pretrained(raw, freeze=False)
+                network = build_network(config)
+            embedding = initialize_prompt(config, word_embeddings, generator, special_ids)
+            if config.mixes_vocabulary:  # token i is initialized as row i, modulo the number of rows
+                network.get_buffer("rows").copy_(embedding)
+                mixed = torch.arange(config.total_virtual_tokens) % len(embedding)
+                embedding = nn.functional.one_hot(mixed, len(embedding)).float()
+        self._assemble(config, embedding, network)
+
+    @classmethod
+    def from_state(
+        cls, config: ResidualPromptTuningConfig, state: Mapping[str, Tensor], projected: Tensor
+    ) -> ResidualPromptEncoder:
+        """Build the encoder of a saved adapter: frozen, in eval mode, on the CPU.
+
+        Args:
+            config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
+            state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`; copied, as float32.
+            projected (`torch.Tensor`): The projected prompt `[P, H]` that the adapter was saved with.
+
+        Raises:
+            ValueError: If the state does not fit the config, or does not result in `projected`.
+        """
+        check_token_dim(config)
+        network = _network_without_weights(config)
+        own = {checkpoint.NETWORK_PREFIX + name: tensor for name, tensor in network.state_dict().items()}
+        own[checkpoint.EMBEDDING_KEY] = torch.empty(config.total_virtual_tokens, config.embedding_width, device="meta")
+        checkpoint.check_leaves(own, state)
+        # Copied: memory-mapped tensors may be unaligned, and torch then chooses kernels that round differently.
+        state = {key: state[key].to("cpu", tensor.dtype, copy=True) for key, tensor in own.items()}
+        is_meta = any(tensor.is_meta for tensor in network.state_dict().values())
+        weights = {key.removeprefix(checkpoint.NETWORK_PREFIX): tensor for key, tensor in state.items()}
+        embedding = weights.pop(checkpoint.EMBEDDING_KEY)
+        network.load_state_dict(weights, assign=is_meta)
+        encoder = cls.__new__(cls)
+        encoder._assemble(config, embedding, network)
+        encoder.requires_grad_(False).eval()
+        check_projection(config, projected, encoder.project_state(state))
+        encoder._remember(projected.to("cpu", copy=True))
+        return encoder
+
+    def _assemble(self, config: ResidualPromptTuningConfig, embedding: Tensor, network: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.network = network
+        self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.register_buffer("_projected", None, persistent=False)
         self._projected_key: tuple[tuple[int, int, int], ...] = ()
-        self.requires_grad_(not config.inference_mode)
+        self.requires_grad_()
+        _LIVE.add(self)
 
     def forward(self, indices: Tensor | None = None) -> Tensor:
         """Return the projected prompt.
@@ -94,7 +121,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
             `torch.Tensor`: `[P, H]`, or `[*indices.shape, H]`, float32 (the parameters' type if wider).
         """
         if self.is_trainable:
-            self._projected = None  # optimizers may write in ways that leave no trace
+            self._projected = None  # an optimizer's writes may leave torch's version counters unchanged
             prompt = self.project()
         else:
             prompt = self.frozen_projection()
@@ -106,36 +133,57 @@ class ResidualPromptEncoder(BasePromptEncoder):
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def project(self) -> Tensor:
-        """Compute `E' = E + φ(E)` from the live weights, with gradients: `[P, H]`, never below float32."""
-        raw = self.embedding.weight
-        # What is trained must be what is saved: at full precision, whatever the frozen model runs in.
-        with torch.autocast(raw.device.type, enabled=False):
-            if raw.dtype in (torch.float16, torch.bfloat16):
-                raw = raw.float()
-                # Taken one by one from their modules, which is where ZeRO-3 notices that it must gather them.
-                floats = {n: self.network.get_parameter(n).float() for n, _ in self.network.named_parameters()}
-                floats |= {n: b.float() if b.is_floating_point() else b for n, b in self.network.named_buffers()}
-                shell = self._skeleton.train(self.network.training)
-                output = torch.func.functional_call(shell, floats, (raw,), tie_weights=True)
-            else:
-                output = self.network(raw)
-            return _add_skip(self.config, raw, output)
+        """Compute `E' = E + φ(E)` from the live weights, with gradients: `[P, H]`, float32 or wider."""
+        embedding = self.embedding.weight
+        # Autocast off: training computes the prompt in the precision in which it is saved.
+        with torch.autocast(embedding.device.type, enabled=False):
+            if embedding.dtype not in (torch.float16, torch.bfloat16):
+                return _add_skip(self.config, embedding, self.network(embedding))
+            # Taken from their modules one by one: that is where ZeRO-3 notices that it must gather them.
+            parameters = {name: self.network.get_parameter(name) for name, _ in self.network.named_parameters()}
+            tensors = {**parameters, **dict(self.network.named_buffers())}
+            return self._run(self._skeleton.train(self.network.training), embedding, tensors)
+
+    @torch.no_grad()
+    def project_state(self, state: Mapping[str, Tensor]) -> Tensor:
+        """Compute the projected prompt of a gathered state, on the CPU, in float32, in eval mode, autocast off.
+
+        Args:
+            state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`. Buffers that are not saved come
+                from the live network.
+
+        Returns:
+            `torch.Tensor`: `[P, H]`, float32, on the CPU.
+        """
+        tensors = {name: buffer.cpu() for name, buffer in self.network.named_buffers()}
+        for key, tensor in state.items():
+            if key.startswith(checkpoint.NETWORK_PREFIX):
+                tensors[key.removeprefix(checkpoint.NETWORK_PREFIX)] = tensor.cpu()
+        embedding = state[checkpoint.EMBEDDING_KEY].cpu()
+        with torch.autocast("cpu", enabled=False):
+            # A copy of the skeleton: other threads may be projecting too.
+            return self._run(copy.deepcopy(self._skeleton).eval(), embedding, tensors).clone()
+
+    def _run(self, skeleton: nn.Module, embedding: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """`E' = E + φ(E)` in float32, with these weights in the skeleton."""
+        embedding = embedding.float()
+        floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
+        output = torch.func.functional_call(skeleton, floats, (embedding,), tie_weights=True)
+        return _add_skip(self.config, embedding, output)
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module:
-        """The network without weights, and without the hooks of trainers, which take no weights but their own.
+        """The network without weights, and without the hooks of trainers.
 
-        It is no submodule: `nn.Module` does not see what `cached_property` keeps.
+        `cached_property` keeps it out of the submodules.
         """
-        with _own_random_state(0):
-            return build_network(self.config).to("meta")  # built on "meta", some users' networks fail
+        return _network_without_weights(self.config).to("meta")
 
-    @torch.no_grad()
     def frozen_projection(self) -> Tensor:
-        """The projected prompt of frozen weights, without dropout: computed when they change, else remembered."""
+        """The projected prompt of frozen weights, without dropout: `[P, H]`, recomputed only if a weight changed."""
         projected = self._remembered()
         if projected is None:
-            projected = project_state(self.config, gathered_state(self), self.network).to(self.embedding.weight.device)
+            projected = self.project_state(gathered_state(self)).to(self.embedding.weight.device)
             self._remember(projected)
         return projected
 
@@ -147,12 +195,12 @@ class ResidualPromptEncoder(BasePromptEncoder):
         self._projected_key = self._key()
 
     def _key(self) -> tuple[tuple[int, int, int], ...]:
-        # Which tensors they are, and torch's count of the writes to each: a later `load_state_dict` is noticed.
+        # Identity and torch's count of in-place writes of each tensor: a later `load_state_dict` is noticed.
         tensors = [*self.parameters(), *self.network.buffers()]
         return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
 
     def _apply(self, fn: Any, recurse: bool = True) -> ResidualPromptEncoder:
-        """Move or cast, and forget the projection of weights that were rounded."""
+        """Move or cast; a cast drops the remembered projection, whose weights were rounded."""
         dtype = self.embedding.weight.dtype
         is_valid = self._remembered() is not None
         super()._apply(fn, recurse)
@@ -163,6 +211,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         return self
 
     # --- PEFT's hooks for saving and loading ----------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Keys of a residual adapter and of its heads do not contain the name, only parts that may equal it.
+        return key
 
     @classmethod
     def _get_adapter_state_dict(
@@ -179,26 +232,26 @@ class ResidualPromptEncoder(BasePromptEncoder):
             *(checkpoint.NETWORK_PREFIX + name for name in encoder._skeleton.state_dict()),
         ]
         state = gathered_tensors({name: state_dict[prefix + name] for name in names if prefix + name in state_dict})
-        if checkpoint.EMBEDDING_KEY not in state:
+        embedding = state.get(checkpoint.EMBEDDING_KEY)
+        if embedding is None:
             raise ValueError(
-                f"`state_dict` has no `{prefix}{checkpoint.EMBEDDING_KEY}`, so adapter {adapter_name!r} cannot be saved "
-                "from it. Pass the whole model's state dict, or none. The Trainer has one under ZeRO-3 if "
+                f"`state_dict` has no `{prefix}{checkpoint.EMBEDDING_KEY}`, so adapter {adapter_name!r} cannot be "
+                "saved from it. Pass the state dict of the whole model, or none. With ZeRO-3 the Trainer has one if "
                 "`stage3_gather_16bit_weights_on_model_save` (accelerate: `zero3_save_16bit_model`) is true."
             )
-        if not state[checkpoint.EMBEDDING_KEY].numel():
+        if not embedding.numel():
             raise ValueError(
-                f"`{prefix}{checkpoint.EMBEDDING_KEY}` is empty in `state_dict`: its numbers are spread over processes "
-                "(ZeRO-3). Call `model.save_pretrained` in every process, or pass "
-                "`state_dict=accelerator.get_state_dict(engine)`."
+                f"`{prefix}{checkpoint.EMBEDDING_KEY}` is empty in `state_dict`: it is sharded (ZeRO-3). Call "
+                "`model.save_pretrained` in every process, or pass `state_dict=accelerator.get_state_dict(engine)`."
             )
         return checkpoint.pack(encoder.project_saved(state), state)
 
     def project_saved(self, state: Mapping[str, Tensor]) -> Tensor:
-        """The projected prompt of a gathered state: `[P, H]`, float32, on the CPU, in eval mode, autocast off.
+        """The projected prompt of a gathered state, as it is saved: `[P, H]`, float32, on the CPU.
 
-        A frozen adapter that was loaded keeps the projection that it was loaded with, to the last bit.
+        A frozen adapter that was loaded keeps the projected prompt that it was loaded with, bit for bit.
         """
-        recomputed = project_state(self.config, state, self.network)
+        recomputed = self.project_state(state)
         remembered = None if self.is_trainable else self._remembered()
         if remembered is not None:
             remembered = remembered.to("cpu", torch.float32, copy=True)
@@ -216,88 +269,100 @@ class ResidualPromptEncoder(BasePromptEncoder):
     ) -> dict[str, Tensor]:
         """Check a checkpoint against this adapter, then name its tensors as the live model does."""
         encoder = model.prompt_encoder[adapter_name]
-        projected, state, others = checkpoint.unpack(state_dict)
+        projected, state, heads = checkpoint.unpack(state_dict)
         if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
             raise ValueError(
-                f"Adapter {adapter_name!r} is partitioned by DeepSpeed ZeRO-3, and a file cannot be loaded into it. "
-                "Load it before `deepspeed.initialize` or `accelerator.prepare`, or resume from DeepSpeed's own "
-                "checkpoint (`Trainer.train(resume_from_checkpoint=...)`)."
+                f"Adapter {adapter_name!r} is sharded by DeepSpeed ZeRO-3, and a file cannot be loaded into it. Load "
+                "it before `deepspeed.initialize` or `accelerator.prepare`, or resume from DeepSpeed's own checkpoint "
+                "(`Trainer.train(resume_from_checkpoint=...)`)."
             )
         own = encoder.state_dict()
         checkpoint.check_leaves(own, state)
-        check_projection(encoder.config, state, projected, encoder.network)
-        # Copied: a file's tensors may lie at odd addresses, where torch takes other kernels, to other last bits.
-        live = {f"prompt_encoder.{adapter_name}.{k}": t.to(own[k].device, copy=True) for k, t in state.items()}
-        return {**others, **live, checkpoint.PROJECTED_KEY: projected.to(own[checkpoint.EMBEDDING_KEY].device)}
+        check_projection(encoder.config, projected, encoder.project_state(state))
+        live = {
+            # Copied for the same reason as in `from_state`.
+            f"prompt_encoder.{adapter_name}.{key}": tensor.to(own[key].device, copy=True)
+            for key, tensor in state.items()
+        }
+        return {**heads, **live, checkpoint.PROJECTED_KEY: projected.to(own[checkpoint.EMBEDDING_KEY].device)}
 
     def _load_adapter_state_dict(self, state_dict: dict[str, Tensor]) -> None:
-        # `load_state_dict` of the model has set the weights by their names; what is left is their projection.
+        # The model's `load_state_dict` has set the weights by name. What is left is their projection.
         self._remember(state_dict[checkpoint.PROJECTED_KEY])
 
 
-def _add_skip(config: ResidualPromptTuningConfig, raw: Tensor, output: Tensor) -> Tensor:
-    return raw + output if config.has_skip else output
+def is_in_use(config: ResidualPromptTuningConfig) -> bool:
+    """Whether this very config object is that of a live encoder."""
+    return any(encoder.config is config for encoder in list(_LIVE))
 
 
-@torch.no_grad()
-def project_state(
-    config: ResidualPromptTuningConfig, state: Mapping[str, Tensor], live_network: nn.Module | None = None
-) -> Tensor:
-    """Compute the projected prompt of an encoder's state, on the CPU, in float32, in eval mode, autocast off.
-
-    Args:
-        config ([`ResidualPromptTuningConfig`]): The adapter's configuration.
-        state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`, on any device, in any type.
-        live_network (`torch.nn.Module`, *optional*): Where buffers come from that are not in the state.
-
-    Returns:
-        `torch.Tensor`: `[P, H]`, float32, on the CPU.
+def check_width(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> None:
+    """Check that the prompt has the width of the base model's word embeddings.
 
     Raises:
-        ValueError: If the state is another network's.
+        ValueError: If it has not.
     """
-    with _own_random_state(0):  # the weights that the network starts with are replaced on the next lines
-        network = build_network(config).eval()
-    raw = state[checkpoint.EMBEDDING_KEY].to("cpu", torch.float32)
-    prefix, persistent = checkpoint.NETWORK_PREFIX, network.state_dict()
-    recomputed = {prefix + name for name, _ in network.named_buffers() if name not in persistent}
-    found = {key: tensor for key, tensor in state.items() if key.startswith(prefix) and key not in recomputed}
-    checkpoint.check_leaves({prefix + name: tensor for name, tensor in persistent.items()}, found)
-    network.load_state_dict({key.removeprefix(prefix): tensor for key, tensor in found.items()})
-    live_buffers = dict(live_network.named_buffers()) if live_network is not None else {}
-    for name, buffer in network.named_buffers():
-        if name not in persistent and name in live_buffers:
-            buffer.copy_(live_buffers[name])
-    with torch.autocast("cpu", enabled=False):
-        return _add_skip(config, raw, network(raw)).clone()
+    width = getattr(word_embeddings, "embedding_dim", config.token_dim)
+    if width != config.token_dim:
+        raise ValueError(
+            f"`token_dim`={config.token_dim} does not fit the model, whose word embeddings have width {width}. "
+            f"Load the adapter into the base model that it was trained for, or set token_dim={width}."
+        )
+
+
+def check_projection(config: ResidualPromptTuningConfig, projected: Tensor, recomputed: Tensor) -> None:
+    """Check that a checkpoint's embedding and network, under this config, result in its projected prompt.
+
+    Settings such as the activation leave no trace in the shapes of the weights. This check finds them.
+
+    Args:
+        config ([`ResidualPromptTuningConfig`]): The settings, for the message.
+        projected (`torch.Tensor`): `[P, H]`, from the checkpoint.
+        recomputed (`torch.Tensor`): `[P, H]`, float32, from the checkpoint's embedding and network.
+
+    Raises:
+        ValueError: If they differ by more than the rounding of other hardware explains.
+    """
+    if _is_same_projection(projected.cpu().float(), recomputed):
+        return
+    settings = {name: value for name, value in vars(config).items() if name.startswith("encoder_")}
+    raise ValueError(
+        "The checkpoint's prompt embedding and network do not result in its own projected prompt under this config: "
+        f"the checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with "
+        "the checkpoint's `adapter_config.json`, or save or download the adapter again."
+    )
 
 
 def _is_same_projection(projected: Tensor, recomputed: Tensor) -> bool:
-    """Whether two projections differ by no more than other hardware's rounding explains."""
     if projected.shape != recomputed.shape:
         return False
     tolerance = 1e-3 * float(projected.abs().nan_to_num(posinf=0).max())
     return torch.allclose(recomputed, projected, rtol=1e-3, atol=tolerance, equal_nan=True)
 
 
-def check_projection(
-    config: ResidualPromptTuningConfig,
-    state: Mapping[str, Tensor],
-    projected: Tensor,
-    live_network: nn.Module | None = None,
-) -> None:
-    """Check that a checkpoint's network, run with this config, makes the projected prompt that the checkpoint holds.
+def _add_skip(config: ResidualPromptTuningConfig, embedding: Tensor, output: Tensor) -> Tensor:
+    return embedding + output if config.has_skip else output
 
-    Settings such as the activation leave no trace in the shapes of the weights; this is where they show.
 
-    Raises:
-        ValueError: If it does not, beyond what other hardware's rounding explains.
-    """
-    if _is_same_projection(projected.cpu().float(), project_state(config, state, live_network)):
-        return
-    settings = {name: value for name, value in vars(config).items() if name.startswith("encoder_")}
-    raise ValueError(
-        "The checkpoint's raw prompt and network do not give its own projected prompt under this config: the "
-        f"checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with the "
-        "checkpoint's `adapter_config.json`, or save or download the adapter again."
-    )
+def _network_without_weights(config: ResidualPromptTuningConfig) -> nn.Module:
+    """The network before its weights are loaded: a built-in one on "meta", which allocates and draws nothing."""
+    if REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder.__module__ == build_network.__module__:
+        return build_network(config, "meta")
+    # A custom network may be impossible to build on "meta". Buffers that are not saved are what they were in training.
+    with _own_random_state(_random_sources(config)[1]):
+        return build_network(config)
+
+
+def _random_sources(config: ResidualPromptTuningConfig) -> tuple[torch.Generator, int]:
+    """The generator for the prompt embedding, and the seed for the network, of another stream of random numbers."""
+    seed = config.prompt_tuning_init_seed
+    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    return generator, int(torch.randint(2**62, (), generator=generator, device="cpu"))
+
+
+@contextmanager
+def _own_random_state(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, which modules initialize their weights from, and restore its state afterwards."""
+    with _RANDOM_STATE_LOCK, torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        yield

@@ -1,8 +1,8 @@
-"""Ways to start a prompt: small functions, randomness in as a generator, `[P, H]` in float32 on the CPU out.
+"""Initializations of the prompt embedding: functions that return `[P, H]`, float32, on the CPU.
 
-Letters used below: `P` virtual tokens, `H` width of the embeddings, `V` rows of the embedding table. Where the network
-mixes rows of the vocabulary, the start draws those, and `P` is `config.num_initial_rows`. Rows are read by calling the
-embedding module, since that is what the model's own inputs go through (some models scale there).
+`P` is the number of virtual tokens, `H` the width of the embeddings, `V` the number of rows of the embedding table.
+For a network that mixes rows of the vocabulary, `P` is the number of these rows (`config.num_initial_rows`). Rows are
+read by calling the embedding module, because some models scale their embeddings there.
 """
 
 from __future__ import annotations
@@ -18,43 +18,58 @@ from torch import Tensor, nn
 
 from .config import ResidualPromptTuningConfig
 from .registry import INITIALIZATIONS
-from .storage.checkpoint import read_prompt
+from .storage.files import read_prompt
 from .storage.sharded import gathered
 
 
-Initializer = Callable[[ResidualPromptTuningConfig, nn.Module, torch.Generator], Tensor]
+Initializer = Callable[..., Tensor]
 
-# Rows that BERT and Gemma reserve: never trained, so never a good start.
+# Rows that BERT and Gemma reserve: they were never trained.
 _UNUSED_TOKEN = re.compile(r"[\[<]unused_?\d+[\]>]")
 
 
-def register_initialization(name: str) -> Callable[[Initializer], Initializer]:
-    """Register a way to start a prompt under a name that `prompt_tuning_init` then accepts.
+def register_initialization(name: str, *, samples_vocabulary: bool = False) -> Callable[[Initializer], Initializer]:
+    """Register an initialization under a name that `prompt_tuning_init` then accepts.
 
     The decorated function takes the config, the model's word embedding module and a `torch.Generator`, and returns a
-    tensor `[config.total_virtual_tokens, config.token_dim]`. It runs for a new adapter, not for a loaded one.
+    tensor `[config.total_virtual_tokens, config.token_dim]`. It is called for a new adapter, not for a loaded one.
 
     Args:
         name (`str`): The value of `prompt_tuning_init`.
+        samples_vocabulary (`bool`): Whether the function also takes `exclude_ids`, the set of token ids that it must
+            not sample: padding, special and unused tokens.
 
     Raises:
         ValueError: If the name is taken by another function.
     """
-    return INITIALIZATIONS.add(name)
+    return INITIALIZATIONS.add(name, samples_vocabulary=samples_vocabulary)
 
 
 def initialize_prompt(
-    config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
+    config: ResidualPromptTuningConfig,
+    word_embeddings: nn.Module,
+    generator: torch.Generator,
+    special_ids: Collection[int] = (),
 ) -> Tensor:
-    """Make the rows that a prompt starts from, as `config.prompt_tuning_init` says.
+    """Initialize the prompt embedding as `config.prompt_tuning_init` says.
+
+    Args:
+        config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
+        word_embeddings (`torch.nn.Module`): The base model's embedding module; not modified.
+        generator (`torch.Generator`): Source of randomness.
+        special_ids (`Collection[int]`): Special token ids of the base model, never sampled.
 
     Returns:
-        `torch.Tensor`: `[P, H]`, float32, on the CPU, detached: the raw prompt, or the rows that the network mixes.
+        `torch.Tensor`: `[P, H]`, float32, on the CPU, detached.
 
     Raises:
-        ValueError: If the start cannot be made, or has another shape.
+        ValueError: If the prompt cannot be made, or has another shape.
     """
-    prompt = INITIALIZATIONS[config.prompt_tuning_init].builder(config, word_embeddings, generator)
+    entry = INITIALIZATIONS[config.prompt_tuning_init]
+    options = {}
+    if entry.samples_vocabulary:
+        options["exclude_ids"] = excluded_ids(config, word_embeddings) | set(special_ids)
+    prompt = entry.builder(config, word_embeddings, generator, **options)
     expected = (config.num_initial_rows, config.token_dim)
     if tuple(prompt.shape) != expected:
         raise ValueError(
@@ -65,15 +80,15 @@ def initialize_prompt(
 
 
 def most_common_token_ids(texts: Iterable[str], tokenizer: Any, limit: int = 5000) -> list[int]:
-    """Count the token ids of texts: what "most common" means for a tokenizer that is not ordered by frequency.
+    """Find the most common token ids of texts, for a tokenizer whose ids are not ordered by frequency.
 
-    BERT's WordPiece table, for one, begins with a thousand unused rows. Pass the result as
+    BERT's vocabulary, for example, begins with a thousand unused rows. Pass the result as
     `ResidualPromptTuningConfig(prompt_tuning_init_token_ids=...)`.
 
     Args:
-        texts (`Iterable[str]`): Texts of the domain; the training inputs will do.
+        texts (`Iterable[str]`): Texts of the domain, such as the training inputs.
         tokenizer (`PreTrainedTokenizerBase`): The base model's tokenizer.
-        limit (`int`): How many ids to return at most.
+        limit (`int`): The largest number of ids to return.
 
     Returns:
         `list[int]`: Distinct ids without special tokens, the most common first; ties by id.
@@ -91,7 +106,7 @@ def most_common_token_ids(texts: Iterable[str], tokenizer: Any, limit: int = 500
     for special in tokenizer.all_special_ids:
         counts.pop(special, None)
     if not counts:
-        raise ValueError("`texts` holds no ordinary token to count. Give texts of your domain.")
+        raise ValueError("`texts` contains no ordinary token to count. Give texts of your domain.")
     return [token_id for token_id, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]]
 
 
@@ -104,16 +119,16 @@ def sample_rows(
     generator: torch.Generator | None = None,
     count_field: str = "num_virtual_tokens",
 ) -> Tensor:
-    """Start a prompt from distinct rows of the embedding table.
+    """Initialize a prompt with distinct rows of the embedding table.
 
-    Lester et al. (2021), section 3.2. The draw is one shuffle of `candidates`, from which excluded rows are passed
-    over, so that excluding a row does not change the others that are drawn.
+    Lester et al. (2021), section 3.2. `candidates` is shuffled once and excluded rows are then skipped, so that
+    excluding a row does not change which other rows are sampled.
 
     Args:
-        word_embeddings (`torch.nn.Module`): The embedding module of `V` rows; never modified.
-        count (`int`): Rows to draw, `P`.
-        candidates (`Sequence[int]`): Rows to draw from.
-        exclude_ids (`Collection[int]`): Rows never drawn: padding, special and unused tokens.
+        word_embeddings (`torch.nn.Module`): The embedding module of `V` rows; not modified.
+        count (`int`): Number of rows to sample, `P`.
+        candidates (`Sequence[int]`): Rows to sample from.
+        exclude_ids (`Collection[int]`): Rows never sampled: padding, special and unused tokens.
         generator (`torch.Generator`, *optional*): Source of randomness; the global one when None.
         count_field (`str`): The config field that `count` comes from, for the error message.
 
@@ -125,14 +140,14 @@ def sample_rows(
     """
     exclude_ids = set(exclude_ids)
     order = torch.randperm(len(candidates), generator=generator).tolist()
-    drawn = [candidates[i] for i in order if candidates[i] not in exclude_ids][:count]
-    if len(drawn) < count:
+    sampled = [candidates[i] for i in order if candidates[i] not in exclude_ids][:count]
+    if len(sampled) < count:
         raise ValueError(
-            f"`{count_field}`={count} needs as many distinct rows of the vocabulary, but only {len(drawn)} of "
+            f"`{count_field}`={count} needs as many distinct rows of the vocabulary, but only {len(sampled)} of "
             f"{len(candidates)} are usable (padding, special and unused ones are not). Lower `{count_field}`, raise "
-            "`init_vocab_size`, or use another `prompt_tuning_init`."
+            "`prompt_tuning_init_vocab_size`, or use another `prompt_tuning_init`."
         )
-    return look_up(word_embeddings, drawn)
+    return look_up(word_embeddings, sampled)
 
 
 def look_up(word_embeddings: nn.Module, token_ids: Sequence[int]) -> Tensor:
@@ -143,12 +158,12 @@ def look_up(word_embeddings: nn.Module, token_ids: Sequence[int]) -> Tensor:
 
 
 def excluded_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> set[int]:
-    """Rows that no start may draw: the padding row, the model's special ids and, with a tokenizer, all of its own.
+    """Rows that no initialization may sample: the padding row and, with a tokenizer, its special and unused tokens.
 
-    The tokenizer (`config.tokenizer_name_or_path`) adds its special and reserved tokens, and the rows past its end
-    that pad the table to a round size.
+    With `config.tokenizer_name_or_path` these are the tokenizer's special and reserved tokens, and the rows past its
+    end, which pad the table to a round size.
     """
-    ids = set(config.model_special_ids)
+    ids = set()
     padding = getattr(word_embeddings, "padding_idx", None)
     if padding is not None:
         ids.add(padding)
@@ -179,38 +194,39 @@ def random_uniform(
     return torch.rand(config.total_virtual_tokens, config.token_dim, generator=generator) - 0.5
 
 
-@register_initialization("SAMPLE_VOCAB")
+@register_initialization("SAMPLE_VOCAB", samples_vocabulary=True)
 def sample_vocabulary(
-    config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
-) -> Tensor:
-    """Distinct rows of the whole table."""
-    return _sample(config, word_embeddings, generator, config.num_initial_rows, range(num_rows(word_embeddings)))
-
-
-@register_initialization("COMMON_VOCAB")
-def sample_common_vocabulary(
-    config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
-) -> Tensor:
-    """Distinct rows among the `init_vocab_size` most common ones (Lester et al., 2021, section 3.2: 5,000)."""
-    return _sample_common(config, word_embeddings, generator, config.num_initial_rows)
-
-
-def _sample_common(
     config: ResidualPromptTuningConfig,
     word_embeddings: nn.Module,
     generator: torch.Generator,
-    count: int,
-    taken: Collection[int] = (),
+    exclude_ids: Collection[int],
 ) -> Tensor:
-    rows = num_rows(word_embeddings)
-    ids = config.prompt_tuning_init_token_ids
+    """Distinct rows of the whole table."""
+    candidates = range(num_rows(word_embeddings))
+    return _sample(config, word_embeddings, generator, config.num_initial_rows, candidates, exclude_ids)
+
+
+@register_initialization("COMMON_VOCAB", samples_vocabulary=True)
+def sample_common_vocabulary(
+    config: ResidualPromptTuningConfig,
+    word_embeddings: nn.Module,
+    generator: torch.Generator,
+    exclude_ids: Collection[int],
+) -> Tensor:
+    """Distinct rows among the most common ones (Lester et al., 2021, section 3.2: among 5,000)."""
+    candidates = _common_ids(config, word_embeddings)
+    return _sample(config, word_embeddings, generator, config.num_initial_rows, candidates, exclude_ids)
+
+
+def _common_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> Sequence[int]:
+    rows, ids = num_rows(word_embeddings), config.prompt_tuning_init_token_ids
     if ids is not None and max(ids) >= rows:
         raise ValueError(
-            f"`prompt_tuning_init_token_ids` holds {max(ids)}, but the model's table has {rows} rows. Count the "
+            f"`prompt_tuning_init_token_ids` contains {max(ids)}, but the model's table has {rows} rows. Count the "
             "ids with the base model's own tokenizer."
         )
-    common = list(dict.fromkeys(ids)) if ids is not None else range(rows)
-    return _sample(config, word_embeddings, generator, count, common[: config.init_vocab_size], taken)
+    common = range(rows) if ids is None else list(dict.fromkeys(ids))
+    return common[: config.prompt_tuning_init_vocab_size]
 
 
 def _sample(
@@ -219,13 +235,13 @@ def _sample(
     generator: torch.Generator,
     count: int,
     candidates: Sequence[int],
-    taken: Collection[int] = (),
+    exclude_ids: Collection[int],
 ) -> Tensor:
     return sample_rows(
         word_embeddings,
         count,
         candidates=candidates,
-        exclude_ids=excluded_ids(config, word_embeddings) | set(taken),
+        exclude_ids=exclude_ids,
         generator=generator,
         count_field="encoder_hidden_size" if config.mixes_vocabulary else "num_virtual_tokens",
     )
@@ -233,7 +249,7 @@ def _sample(
 
 @register_initialization("TEXT")
 def from_text(config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator) -> Tensor:
-    """The rows of a text, repeated to length as PEFT does; cut, with a warning, if it is longer."""
+    """The rows of a text, repeated to the prompt's length as PEFT does. A longer text is cut, with a warning."""
     count = config.total_virtual_tokens
     ids = _tokenizer(config)(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
     if not ids:
@@ -249,9 +265,12 @@ def from_text(config: ResidualPromptTuningConfig, word_embeddings: nn.Module, ge
     return look_up(word_embeddings, [ids[i % len(ids)] for i in range(count)])
 
 
-@register_initialization("CLASS_LABELS")
+@register_initialization("CLASS_LABELS", samples_vocabulary=True)
 def from_class_labels(
-    config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
+    config: ResidualPromptTuningConfig,
+    word_embeddings: nn.Module,
+    generator: torch.Generator,
+    exclude_ids: Collection[int],
 ) -> Tensor:
     """One row per label word, the mean over its tokens, then common vocabulary (Lester et al., 2021, section 3.2)."""
     tokenizer = _tokenizer(config)
@@ -261,15 +280,16 @@ def from_class_labels(
         ids = tokenizer(label, add_special_tokens=False)["input_ids"]
         if not ids or tokenizer.unk_token_id in ids:
             raise ValueError(
-                f"`prompt_tuning_init_class_labels` holds {label!r}, which the tokenizer does not know. Use another "
-                "word."
+                f"`prompt_tuning_init_class_labels` contains {label!r}, which the tokenizer does not know. Use "
+                "another word."
             )
         rows.append(look_up(word_embeddings, ids).mean(dim=0, keepdim=True))
         if len(ids) == 1:
             taken.update(ids)
     rest = config.total_virtual_tokens - len(rows)
     if rest:
-        rows.append(_sample_common(config, word_embeddings, generator, rest, taken))
+        candidates = _common_ids(config, word_embeddings)
+        rows.append(_sample(config, word_embeddings, generator, rest, candidates, {*exclude_ids, *taken}))
     return torch.cat(rows)
 
 
@@ -277,10 +297,10 @@ def from_class_labels(
 def from_saved_prompt(
     config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator
 ) -> Tensor:
-    """A saved prompt as the frozen model saw it, from an adapter's folder or a tensor file; never cut or padded."""
+    """A saved projected prompt, from an adapter's folder or a tensor file; never cut or padded."""
     path = str(config.prompt_tuning_init_state_dict_path)
     prompt, tokens_per_submodule = read_prompt(path)
-    # PEFT keeps a second set of rows for the decoder of an encoder-decoder model and never uses it.
+    # For encoder-decoder models PEFT keeps a second set of rows, for the decoder, that it never uses.
     if tokens_per_submodule is not None and config.num_transformer_submodules == 1:
         prompt = prompt[:tokens_per_submodule]
     expected = (config.total_virtual_tokens, config.token_dim)

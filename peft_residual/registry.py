@@ -1,4 +1,4 @@
-"""Named builders that users may add to: the networks and the ways to start a prompt."""
+"""Registries of networks and initializations, which users may add to."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Entry:
-    """A registered builder and what the config must know of it.
+    """A registered builder and what the rest of the package must know of it.
 
     Attributes:
         builder (`Callable`): Called with the config first; see the `register_*` functions for the rest.
         per_token (`bool`): Whether `encoder_shared=False` (one network per virtual token) makes sense for it.
-        unused_fields (`tuple[str, ...]`): Config fields that it does not read; setting one of them is refused.
-        mixes_vocabulary (`bool`): Whether the raw prompt holds weights for frozen rows of the vocabulary.
+        unused_fields (`tuple[str, ...]`): Config fields that it does not read; setting one of them warns.
+        mixes_vocabulary (`bool`): Whether the prompt embedding holds weights for frozen rows of the vocabulary.
+        samples_vocabulary (`bool`): Whether an initialization takes `exclude_ids`.
     """
 
     builder: Callable[..., Any]
     per_token: bool = False
     unused_fields: tuple[str, ...] = ()
     mixes_vocabulary: bool = False
+    samples_vocabulary: bool = False
 
 
 class Registry:
@@ -42,7 +44,7 @@ class Registry:
         return list(self._entries)
 
     def add(self, name: str, **options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that registers a builder as `name`; a name belongs to one builder only.
+        """Return a decorator that registers a builder as `name`. A name belongs to one builder only.
 
         Raises:
             ValueError: If `name` is not a non-empty string, or is taken by another builder.
@@ -52,7 +54,7 @@ class Registry:
 
         def decorate(builder: Callable[..., Any]) -> Callable[..., Any]:
             taken = self._entries.get(name)
-            # The same definition run once more (a notebook cell, a module reload) replaces itself.
+            # The same definition, executed again (a notebook cell, a module reload), replaces itself.
             if taken is not None and _origin(taken.builder) != _origin(builder):
                 raise ValueError(
                     f"{self.field}={name!r} is already registered by {'.'.join(_origin(taken.builder))}. "
@@ -68,8 +70,8 @@ class Registry:
             return self._entries[name]
         except (KeyError, TypeError):
             raise ValueError(
-                f"Unknown {self.field}={name!r}. Known: {', '.join(map(repr, self.names()))}. To use one of your own, "
-                f"import the module that registers it with `peft_residual.{self.register_name}` first."
+                f"Unknown {self.field}={name!r}. Known: {', '.join(map(repr, self.names()))}. To use a custom one, "
+                f"first import the module that registers it with `peft_residual.{self.register_name}`."
             ) from None
 
 

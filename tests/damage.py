@@ -250,7 +250,7 @@ JSON_TYPES = {
     "encoder_shared": (bool,),
     "encoder_zero_init": (bool,),
     "inference_mode": (bool,),
-    "init_vocab_size": INTEGER,
+    "prompt_tuning_init_vocab_size": INTEGER,
     "modules_to_save": (list, type(None)),
     "num_attention_heads": INTEGER + NOTHING,
     "num_layers": INTEGER + NOTHING,
@@ -326,7 +326,7 @@ def value_out_of_range(folder, rng):
         {"encoder_dropout": rng.choice((-0.1, 1.0, float("nan"), float("inf")))},
         {"encoder_num_attention_heads": 0},
         {"num_transformer_submodules": 3},
-        {"init_vocab_size": -1},
+        {"prompt_tuning_init_vocab_size": -1},
         {"prompt_tuning_init_seed": 2**64},
         {"prompt_tuning_init_token_ids": [1, -2]},
         {"prompt_tuning_init_class_labels": ["good", ""]},
@@ -343,7 +343,7 @@ def code_of_the_tokenizers(folder, rng):
 
 @way_for_residual
 def code_to_import(folder, rng):
-    write_config(folder, auto_mapping={"base_model_class": "system", "parent_library": "os"})
+    write_config(folder, task_type=None, auto_mapping={"base_model_class": "system", "parent_library": "os"})
 
 
 @way

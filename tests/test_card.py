@@ -150,7 +150,7 @@ def test_a_damaged_card_is_named_and_costs_no_adapter(saved):
     damaged = "---\ntags: [\n---\nBy hand.\n"
     (folder / "README.md").write_text(damaged)
     (folder / "adapter_model.safetensors").unlink()
-    with pytest.warns(UserWarning, match=r"card was not brought up to date.*README.md"):
+    with pytest.warns(UserWarning, match=r"card was not updated.*README.md"):
         model.save_pretrained(folder)
     assert (folder / "README.md").read_text() == damaged
     loaded = PeftModel.from_pretrained(fresh(model.get_base_model()), folder)

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from peft_residual import save_as_prompt_tuning
-from peft_residual.storage import checkpoint
+from peft_residual.storage import checkpoint, files
 
 
 WEIGHTS = "adapter_model.safetensors"
@@ -66,7 +66,7 @@ def test_the_file_on_disk_has_this_layout(folder):
 def test_unpacking_gives_back_what_was_packed(kind, tmp_path):
     tensors, projected, state = packed(encoder_reparameterization_type=kind)
     save_file(tensors, tmp_path / WEIGHTS)
-    found, found_state, others = checkpoint.unpack(checkpoint.read_tensors(tmp_path / WEIGHTS))
+    found, found_state, others = checkpoint.unpack(files.read_tensors(tmp_path / WEIGHTS))
     assert torch.equal(found, projected) and others == {}
     assert_same(found_state, state)
 
@@ -107,7 +107,7 @@ def test_a_checkpoint_without_the_projected_prompt_is_refused():
 def test_a_checkpoint_without_raw_prompt_or_version_is_refused(key):
     tensors, _, _ = packed()
     del tensors["residual_prompt_tuning." + key]
-    with pytest.raises(ValueError, match=r"without the raw prompt and its network.*prompt_tuning_init='PROMPT'"):
+    with pytest.raises(ValueError, match=r"without the prompt embedding and its network.*prompt_tuning_init='PROMPT'"):
         checkpoint.unpack(tensors)
 
 
@@ -211,41 +211,41 @@ def test_half_a_weight_file_is_refused(cut, folder):
     path = folder / WEIGHTS
     path.write_bytes(path.read_bytes()[:cut])
     with pytest.raises(ValueError, match=re.escape(f"`{path}` is damaged or not a safetensors file")):
-        checkpoint.read_tensors(path)
+        files.read_tensors(path)
     with pytest.raises(ValueError, match="damaged"):
         PeftModel.from_pretrained(tiny_t5(), folder)
 
 
 def test_a_missing_weight_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
-        checkpoint.read_tensors(tmp_path / WEIGHTS)
+        files.read_tensors(tmp_path / WEIGHTS)
     with pytest.raises(ValueError, match=f"`{re.escape(str(tmp_path))}` has no {WEIGHTS}"):
-        checkpoint.locate(tmp_path, WEIGHTS)
+        files.locate(tmp_path, WEIGHTS)
 
 
 def test_files_are_located_in_folders_and_subfolders(folder):
-    assert checkpoint.locate(folder, CONFIG) == folder / CONFIG
-    assert checkpoint.locate(folder.parent, CONFIG, subfolder="adapter") == folder / CONFIG
+    assert files.locate(folder, CONFIG) == folder / CONFIG
+    assert files.locate(folder.parent, CONFIG, subfolder="adapter") == folder / CONFIG
 
 
 @pytest.mark.parametrize("source", ("someone/some-adapter", "not a valid id!", "/no/such/folder"))
 def test_a_source_that_is_nowhere_is_refused(source):
     with pytest.raises(ValueError, match=re.escape(f"`{source}` is n")):
-        checkpoint.locate(source, WEIGHTS)
+        files.locate(source, WEIGHTS)
 
 
 @pytest.mark.parametrize("content", (b"", b"{", b"\xff\xfe", b"{'a': 1}"))
 def test_a_config_that_is_not_json_is_refused(content, tmp_path):
     (tmp_path / CONFIG).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(str(tmp_path / CONFIG)) + "` is damaged: not JSON"):
-        checkpoint.read_config(tmp_path / CONFIG)
+        files.read_config(tmp_path / CONFIG)
 
 
 @pytest.mark.parametrize("content", ("[]", "3", "null", '"text"'))
 def test_a_config_that_is_no_json_object_is_refused(content, tmp_path):
     (tmp_path / CONFIG).write_text(content)
     with pytest.raises(ValueError, match="damaged: expected a JSON object"):
-        checkpoint.read_config(tmp_path / CONFIG)
+        files.read_config(tmp_path / CONFIG)
 
 
 def with_decoder_rows(folder, num_virtual_tokens):
@@ -257,14 +257,14 @@ def with_decoder_rows(folder, num_virtual_tokens):
 
 
 def test_the_rows_in_front_of_the_encoder_are_told_from_the_decoders(tmp_path):
-    prompt, rows = checkpoint.read_prompt(with_decoder_rows(tmp_path, 4))
+    prompt, rows = files.read_prompt(with_decoder_rows(tmp_path, 4))
     assert prompt.shape == (8, WIDTH) and rows == 4
 
 
 @pytest.mark.parametrize("rows", (None, "4", -1, 3))
 def test_a_config_that_does_not_agree_with_its_prompt_is_refused(rows, tmp_path):
     with pytest.raises(ValueError, match="num_virtual_tokens"):
-        checkpoint.read_prompt(with_decoder_rows(tmp_path, rows))
+        files.read_prompt(with_decoder_rows(tmp_path, rows))
 
 
 # --- nothing unpickles --------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ class Bomb:
 @pytest.mark.parametrize("write", (torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))))
 def test_a_pickle_under_the_name_of_a_weight_file_is_refused_and_not_opened(write, folder, tmp_path):
     write({"prompt_embeddings": Bomb(tmp_path / "ran")}, folder / WEIGHTS)
-    for read in (checkpoint.read_prompt, lambda path: PeftModel.from_pretrained(tiny_t5(), path)):
+    for read in (files.read_prompt, lambda path: PeftModel.from_pretrained(tiny_t5(), path)):
         with pytest.raises(ValueError, match="damaged or not a safetensors file"):
             read(folder)
     assert not (tmp_path / "ran").exists()
@@ -293,7 +293,7 @@ def test_a_pickled_adapter_is_refused_and_not_opened(folder, tmp_path):
     (folder / WEIGHTS).unlink()
     torch.save({"prompt_embeddings": Bomb(tmp_path / "ran")}, folder / "adapter_model.bin")
     for read in (
-        checkpoint.read_prompt,
+        files.read_prompt,
         lambda path: PeftModel.from_pretrained(tiny_t5(), path),
         lambda path: save_as_prompt_tuning(path, tmp_path / "out"),
     ):

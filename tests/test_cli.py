@@ -41,21 +41,21 @@ def run(capsys):
 
 def test_check_says_what_a_whole_adapter_is(run, adapter, base_folder):
     code, out, _ = run("check", adapter)
-    assert code == 0 and out.startswith(f"{adapter}: whole\n")
+    assert code == 0 and out.startswith(f"{adapter}: valid\n")
     assert "RESIDUAL_PROMPT_TUNING" in out and "format: 1" in out
     assert f"base model: {base_folder}" in out and "4 virtual tokens of width 16" in out
     code, out, _ = run("check", adapter, "--json")
     values = json.loads(out)
-    assert code == 0 and values["is_whole"] and values["format_version"] == 1 and values["findings"] == []
+    assert code == 0 and values["is_valid"] and values["format_version"] == 1 and values["findings"] == []
     assert values["sizes"]["adapter_model.safetensors"] == (adapter / "adapter_model.safetensors").stat().st_size
 
 
 def test_check_of_a_damaged_adapter_says_what_is_wrong_and_returns_1(run, adapter):
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     code, out, _ = run("check", adapter)
-    assert code == 1 and "NOT WHOLE" in out and "finding: " in out and "Save or download it again" in out
+    assert code == 1 and "NOT VALID" in out and "finding: " in out and "Save or download it again" in out
     code, out, _ = run("check", adapter, "--json")
-    assert code == 1 and json.loads(out)["is_whole"] is False and len(json.loads(out)["findings"]) == 1
+    assert code == 1 and json.loads(out)["is_valid"] is False and len(json.loads(out)["findings"]) == 1
 
 
 def test_inspect_finds_the_base_model_that_the_adapter_names(run, adapter, base_folder, tokenizer):
@@ -175,7 +175,7 @@ def test_card_takes_results_from_the_command_line_or_from_a_checkpoint(run, adap
 def test_push_of_an_adapter_that_is_not_whole_does_not_reach_for_the_hub(run, adapter):
     (adapter / "adapter_model.safetensors").write_bytes(b"")
     code, out, _ = run("push", adapter, "someone/some-adapter")  # offline: an attempt would be another error
-    assert code == 1 and "NOT WHOLE" in out
+    assert code == 1 and "NOT VALID" in out
 
 
 # --- mistakes --------------------------------------------------------------------------------------------------------
@@ -244,7 +244,7 @@ def test_the_command_runs_as_a_process(adapter, tmp_path):
         return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
 
     good = process("check", adapter, "--json")
-    assert good.returncode == 0 and json.loads(good.stdout)["is_whole"]
+    assert good.returncode == 0 and json.loads(good.stdout)["is_valid"]
     bad = process("inspect", tmp_path / "nowhere")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert "peft-residual: error: " in bad.stderr and "Traceback" not in bad.stderr

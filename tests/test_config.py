@@ -1,18 +1,20 @@
-"""Every field of the config: its default, what it refuses and how, and the way to disk and back."""
+"""Every field of the config: its default, which values raise, which are unused, saving and loading."""
 
 import copy
 import json
 import pickle
+import re
+import warnings
 from dataclasses import fields
 
 import peft
 import pytest
-from conftest import WIDTH, make_config
+from conftest import WIDTH, make_config, tiny_t5
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import PeftConfig, PeftType, PromptTuningConfig, PromptTuningInit, TaskType
+from peft import AutoPeftModel, PeftConfig, PeftType, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
-from peft_residual import ResidualPromptTuningConfig
+from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
 
 
 NAME = "RESIDUAL_PROMPT_TUNING"
@@ -20,7 +22,7 @@ SIZES = (
     "num_virtual_tokens",
     "encoder_hidden_size",
     "encoder_num_attention_heads",
-    "init_vocab_size",
+    "prompt_tuning_init_vocab_size",
     "token_dim",
 )
 NO_INT = st.one_of(st.integers(max_value=0), st.floats(), st.sampled_from([True, False, "4", [4]]))
@@ -31,6 +33,16 @@ def refusal(**values):
     with pytest.raises(ValueError) as error:
         make_config(**values)
     return str(error.value)
+
+
+def warns_and_saves(message, **values):
+    """Check that a config of these values warns, once, where it is written; and not when it is loaded again."""
+    with pytest.warns(UserWarning, match=re.escape(message)) as caught:
+        config = make_config(**values)
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ResidualPromptTuningConfig(**config.to_dict()) == config
 
 
 # --- defaults ---------------------------------------------------------------------------------------------------
@@ -51,7 +63,7 @@ def test_defaults_are_the_papers():
         "encoder_activation": "relu",
         "encoder_dropout": 0.0,
         "prompt_tuning_init": "COMMON_VOCAB",
-        "init_vocab_size": 5000,
+        "prompt_tuning_init_vocab_size": 5000,
         "prompt_tuning_init_seed": None,
     }
     assert {name: getattr(config, name) for name in expected} == expected
@@ -82,7 +94,7 @@ def test_every_task_of_peft_is_accepted(task):
 def test_it_is_a_prompt_tuning_config_to_peft():
     config = make_config()
     assert isinstance(config, PromptTuningConfig) and config.is_prompt_learning
-    assert config.peft_type is PeftType.PROMPT_TUNING
+    assert config.peft_type == NAME and config.peft_type.value == NAME
 
 
 # --- refusals: the field, the value, the remedy -----------------------------------------------------------------
@@ -91,8 +103,7 @@ def test_it_is_a_prompt_tuning_config_to_peft():
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"task_type": None}, ("`task_type`", "None", "SEQ_2_SEQ_LM")),
-        ({"task_type": "SEQ2SEQ"}, ("`task_type`", "'SEQ2SEQ'", "SEQ_2_SEQ_LM")),
+        ({"task_type": "SEQ2SEQ"}, ("Invalid task type", "'SEQ2SEQ'", "SEQ_2_SEQ_LM")),  # PEFT's words
         ({"peft_type": "LORA"}, ("`peft_type`", "'LORA'", "Leave it out")),
         ({"num_transformer_submodules": 3}, ("`num_transformer_submodules`", "3", "Leave it out")),
         ({"num_transformer_submodules": 0}, ("`num_transformer_submodules`", "0", "Leave it out")),
@@ -113,11 +124,11 @@ def test_it_is_a_prompt_tuning_config_to_peft():
         ({"encoder_dropout": "0.1"}, ("`encoder_dropout`", "'0.1'", "[0, 1)")),
         ({"encoder_dropout": False}, ("`encoder_dropout`", "False", "[0, 1)")),
         ({"encoder_dropout": None}, ("`encoder_dropout`", "None", "[0, 1)")),
-        ({"encoder_shared": 1}, ("`encoder_shared`", "1", "True or False")),
-        ({"encoder_residual": "yes"}, ("`encoder_residual`", "'yes'", "True or False")),
-        ({"encoder_norm_first": 1}, ("`encoder_norm_first`", "1", "True or False")),
-        ({"encoder_zero_init": "yes"}, ("`encoder_zero_init`", "'yes'", "True or False")),
-        ({"encoder_layer_norm": None}, ("`encoder_layer_norm`", "None", "True or False")),
+        ({"encoder_shared": 1}, ("`encoder_shared`", "1", "bool")),
+        ({"encoder_residual": "yes"}, ("`encoder_residual`", "'yes'", "bool")),
+        ({"encoder_norm_first": 1}, ("`encoder_norm_first`", "1", "bool")),
+        ({"encoder_zero_init": "yes"}, ("`encoder_zero_init`", "'yes'", "bool")),
+        ({"encoder_layer_norm": None}, ("`encoder_layer_norm`", "None", "bool")),
         (
             {"encoder_activation": "prelu", "encoder_shared": False},
             ("`encoder_shared=False`", "encoder_activation='prelu'", "'relu'"),
@@ -154,10 +165,6 @@ def test_it_is_a_prompt_tuning_config_to_peft():
         (
             {"prompt_tuning_init": "PROMPT"},
             ("prompt_tuning_init='PROMPT'", "`prompt_tuning_init_state_dict_path`", "None", "Set it"),
-        ),
-        (
-            {"tokenizer_kwargs": {"use_fast": True}},
-            ("`tokenizer_kwargs`", "{'use_fast': True}", "`tokenizer_name_or_path`"),
         ),
         (
             {"prompt_tuning_init_token_ids": [3, -1]},
@@ -200,6 +207,9 @@ def test_more_labels_than_virtual_tokens_are_refused():
     assert [word for word in words if word not in message] == []
 
 
+# --- fields that another setting makes unused --------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("init", ("COMMON_VOCAB", "SAMPLE_VOCAB", "RANDOM"))
 @pytest.mark.parametrize(
     ("name", "value"),
@@ -209,15 +219,24 @@ def test_more_labels_than_virtual_tokens_are_refused():
         ("prompt_tuning_init_state_dict_path", "some/folder"),
     ],
 )
-def test_an_option_of_another_start_is_refused(init, name, value):
-    message = refusal(prompt_tuning_init=init, **{name: value})
-    assert f"`{name}` has no effect with prompt_tuning_init={init!r}" in message
+def test_a_field_of_another_initialization_warns(init, name, value):
+    warns_and_saves(
+        f"`{name}` has no effect with prompt_tuning_init={init!r}", prompt_tuning_init=init, **{name: value}
+    )
 
 
 @pytest.mark.parametrize("init", ("SAMPLE_VOCAB", "RANDOM"))
-def test_common_token_ids_are_refused_where_none_are_drawn(init):
-    message = refusal(prompt_tuning_init=init, prompt_tuning_init_token_ids=[3, 4, 5, 6])
-    assert f"`prompt_tuning_init_token_ids` has no effect with prompt_tuning_init={init!r}" in message
+def test_common_token_ids_warn_if_none_are_sampled(init):
+    warns_and_saves(
+        f"`prompt_tuning_init_token_ids` has no effect with prompt_tuning_init={init!r}",
+        prompt_tuning_init=init,
+        prompt_tuning_init_token_ids=[3, 4, 5, 6],
+    )
+
+
+def test_tokenizer_kwargs_without_a_tokenizer_warn():
+    message = "`tokenizer_kwargs`={'use_fast': True} has no effect without `tokenizer_name_or_path`"
+    warns_and_saves(message, tokenizer_kwargs={"use_fast": True})
 
 
 @pytest.mark.parametrize(
@@ -238,17 +257,27 @@ def test_common_token_ids_are_refused_where_none_are_drawn(init):
         ),
     ],
 )
-def test_an_option_that_the_network_does_not_read_is_refused(kind, name, value):
-    message = refusal(encoder_reparameterization_type=kind, **{name: value})
-    assert name in message and repr(value) in message and repr(kind) in message
+def test_a_field_that_the_network_does_not_read_warns(kind, name, value):
+    message = f"`{name}`={value!r} has no effect with encoder_reparameterization_type={kind!r}"
+    warns_and_saves(message, encoder_reparameterization_type=kind, **{name: value})
 
 
-@pytest.mark.parametrize(
-    ("name", "other"), [("encoder_norm_first", "encoder_layer_norm"), ("encoder_zero_init", "encoder_residual")]
-)
-def test_options_that_exclude_each_other_are_refused(name, other):
-    message = refusal(**{name: True, other: False})
-    assert f"`{name}=True`" in message and f"{other}=False" in message and "out" in message
+def test_a_norm_that_comes_first_warns_without_a_norm():
+    message = "`encoder_norm_first=True` has no effect with encoder_layer_norm=False"
+    warns_and_saves(message, encoder_norm_first=True, encoder_layer_norm=False)
+
+
+def test_a_network_that_starts_at_zero_needs_the_skip():
+    message = refusal(encoder_zero_init=True, encoder_residual=False)
+    assert "`encoder_zero_init=True`" in message and "encoder_residual=False" in message and "out" in message
+
+
+def test_a_sweep_over_networks_with_one_hidden_size_gets_through():
+    for kind in ("MLP1", "LSTM", "TRANSFORMER", "SUPERPOS"):
+        make_config(encoder_reparameterization_type=kind, encoder_hidden_size=9)
+    for kind in ("LSTM1", "LSTM2", "NONE"):
+        with pytest.warns(UserWarning, match="`encoder_hidden_size`=9 has no effect"):
+            make_config(encoder_reparameterization_type=kind, encoder_hidden_size=9)
 
 
 @pytest.mark.parametrize("kind", ("LSTM1", "LSTM2", "LSTM"))
@@ -326,7 +355,7 @@ FULL = {
     "prompt_tuning_init_class_labels": ["good", "bad"],
     "prompt_tuning_init_token_ids": [9, 8, 7, 6, 5],
     "prompt_tuning_init_seed": 3,
-    "init_vocab_size": 11,
+    "prompt_tuning_init_vocab_size": 11,
     "tokenizer_name_or_path": "some/tokenizer",
     "tokenizer_kwargs": {"use_fast": True},
     "base_model_name_or_path": "some/model",
@@ -342,7 +371,7 @@ def test_a_saved_config_comes_back_the_same(values, load, tmp_path):
     assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == NAME
     loaded = load(str(tmp_path))
     assert type(loaded) is ResidualPromptTuningConfig
-    assert loaded == config and loaded.peft_type is PeftType.PROMPT_TUNING
+    assert loaded == config and loaded.peft_type == NAME
 
 
 def test_the_dictionary_names_the_type_and_makes_the_config_again():
@@ -354,10 +383,48 @@ def test_the_dictionary_names_the_type_and_makes_the_config_again():
     assert ResidualPromptTuningConfig(**values) == config
 
 
+def test_the_former_name_of_the_vocabulary_size_is_read(tmp_path):
+    assert make_config(init_vocab_size=7) == make_config(prompt_tuning_init_vocab_size=7)
+    values = make_config().to_dict()
+    del values["prompt_tuning_init_vocab_size"]
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**values, "init_vocab_size": 9}))
+    assert PeftConfig.from_pretrained(str(tmp_path)).prompt_tuning_init_vocab_size == 9
+    assert "`prompt_tuning_init_vocab_size`" in refusal(init_vocab_size=0)
+
+
+def test_a_config_without_a_task_cannot_build_a_model():
+    config = make_config(task_type=None)
+    with pytest.raises(ValueError, match=r"`task_type` must be one of .*SEQ_2_SEQ_LM.*, got None"):
+        get_peft_model(tiny_t5(), config)
+
+
+def test_peft_refuses_an_auto_mapping_to_imports_that_are_not_allowed(tmp_path):
+    values = {"base_model_class": "system", "parent_library": "os"}
+    config = make_config(task_type=None, auto_mapping=values, base_model_name_or_path="some/model")
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(str(tmp_path)) == config
+    with pytest.raises(ValueError, match="wants to import 'os' which is not in the import allowlist"):
+        AutoPeftModel.from_pretrained(str(tmp_path))
+
+
+def test_remote_code_of_a_tokenizer_is_the_users_decision_and_is_not_saved(tmp_path):
+    options = {"tokenizer_name_or_path": "t", "tokenizer_kwargs": {"trust_remote_code": True, "use_fast": True}}
+    config = make_config(**options)
+    assert config.tokenizer_kwargs["trust_remote_code"] is True
+    config.save_pretrained(tmp_path)
+    assert config.tokenizer_kwargs["trust_remote_code"] is True
+    assert PeftConfig.from_pretrained(str(tmp_path)).tokenizer_kwargs == {"use_fast": True}
+    values = {**config.to_dict(), **options}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"`tokenizer_kwargs`.*'trust_remote_code': True.*must not"):
+        PeftConfig.from_pretrained(str(tmp_path))
+
+
 def test_peft_finds_the_config_by_its_name():
     config = peft.get_peft_config({"peft_type": NAME, "task_type": "SEQ_2_SEQ_LM", "num_virtual_tokens": 3})
     assert type(config) is ResidualPromptTuningConfig and config.num_virtual_tokens == 3
     assert peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[NAME] is ResidualPromptTuningConfig
+    assert peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING[NAME] is ResidualPromptEncoder
 
 
 @pytest.mark.parametrize("init", (PromptTuningInit.RANDOM, "RANDOM"))

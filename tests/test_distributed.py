@@ -234,8 +234,8 @@ def test_an_encoder_wrapped_apart_trains_the_same(launched):
         ("zero3", "save alone", r"RuntimeError: .*2 processes.*not all came within 2 seconds.*every process"),
         ("fully_shard", "convert", "ValueError: .*'default' are spread over processes.*save_as_prompt_tuning"),
         ("zero3", "convert", "ValueError: .*'default' are spread over processes.*save_as_prompt_tuning"),
-        ("zero3", "merge", "ValueError: .*spread over processes.*save_pretrained.*every process"),
-        ("zero3", "load", r"ValueError: .*Adapter 'default' is partitioned.*Load it before `deepspeed.initialize`"),
+        ("zero3", "merge", "ValueError: .*is sharded.*save_pretrained.*every process"),
+        ("zero3", "load", r"ValueError: .*Adapter 'default' is sharded.*Load it before `deepspeed.initialize`"),
     ],
 )
 def test_what_spread_weights_do_not_allow_is_refused_not_hung(mode, what, message, launched):

@@ -209,7 +209,7 @@ def test_random_numbers_that_are_not_saved_are_refused_in_another_process(own_na
     config = make_config(task_type="CAUSAL_LM", encoder_reparameterization_type="UNSAVED")
     get_peft_model(tiny_gpt2(), config).save_pretrained(tmp_path)
     torch.manual_seed(1)  # as another process has another seed
-    with pytest.raises(ValueError, match="do not give its own projected prompt"):
+    with pytest.raises(ValueError, match="do not result in its own projected prompt"):
         PeftModel.from_pretrained(tiny_gpt2(), tmp_path)
 
 

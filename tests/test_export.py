@@ -21,7 +21,7 @@ from scenarios import SCENARIOS, fresh, outputs_of, train
 
 from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning
 from peft_residual.export import save_prompt_tensor
-from peft_residual.storage.checkpoint import read_prompt
+from peft_residual.storage.files import read_prompt
 
 
 T5 = SCENARIOS["t5"]

@@ -228,9 +228,9 @@ def test_the_command_line_pushes_pulls_and_exports(client, hub, adapter, tmp_pat
     assert client.command("merge", folder, tmp_path / "merged")[0] == 0
     assert client.command("push", tmp_path / "merged", "someone/by-command", "--revision", "merged")[0] == 0
     values = json.loads(client.command("check", "someone/by-command", "--json")[1])
-    assert values["is_whole"] and values["peft_type"] == "RESIDUAL_PROMPT_TUNING"
+    assert values["is_valid"] and values["peft_type"] == "RESIDUAL_PROMPT_TUNING"
     values = json.loads(client.command("check", "someone/by-command", "--revision", "merged", "--json")[1])
-    assert values["is_whole"] and values["peft_type"] == "PROMPT_TUNING"
+    assert values["is_valid"] and values["peft_type"] == "PROMPT_TUNING"
     assert client.command("inspect", "someone/by-command", "--no-base", "--revision", "merged")[0] == 0
     assert client.command("merge", "someone/by-command", tmp_path / "again")[0] == 0
     assert (tmp_path / "again" / WEIGHTS).read_bytes() == (tmp_path / "merged" / WEIGHTS).read_bytes()

@@ -42,8 +42,7 @@ KINDS_AND_STARTS = [(k, init) for k in KINDS for init in DRAWS if (k, init) != (
 def start(table, seed=0, special_ids=(), **options):
     """The raw prompt that a config starts from."""
     config = make_config(**{"token_dim": table.weight.shape[1], **options})
-    config.model_special_ids = special_ids
-    return initialize_prompt(config, table, torch.Generator().manual_seed(seed))
+    return initialize_prompt(config, table, torch.Generator().manual_seed(seed), special_ids)
 
 
 def ids_of(prompt, table):
@@ -103,7 +102,7 @@ def test_the_special_ids_of_the_model_are_known_without_asking(build):
 
 def test_common_vocabulary_is_the_first_rows():
     table = make_table()
-    options = {"init_vocab_size": 12, "num_virtual_tokens": 6}
+    options = {"prompt_tuning_init_vocab_size": 12, "num_virtual_tokens": 6}
     assert {i for seed in range(40) for i in ids_of(start(table, seed, **options), table)} == set(range(12))
 
 
@@ -112,7 +111,7 @@ def test_common_vocabulary_follows_the_given_order_of_token_ids():
     order = [40, 41, 42, 43, 40, 44, 45, 46]
     drawn = set()
     for seed in range(40):
-        prompt = start(table, seed, prompt_tuning_init_token_ids=order, init_vocab_size=5)
+        prompt = start(table, seed, prompt_tuning_init_token_ids=order, prompt_tuning_init_vocab_size=5)
         drawn.update(ids_of(prompt, table))
     assert drawn == {40, 41, 42, 43, 44}  # the first five different ones
 
@@ -136,7 +135,7 @@ def test_excluding_a_row_does_not_change_the_others_that_are_drawn():
     [
         ({"prompt_tuning_init": "SAMPLE_VOCAB", "num_virtual_tokens": 64}, 62, 64),
         ({"num_virtual_tokens": 64}, 62, 64),
-        ({"num_virtual_tokens": 6, "init_vocab_size": 7}, 5, 7),
+        ({"num_virtual_tokens": 6, "prompt_tuning_init_vocab_size": 7}, 5, 7),
         ({"num_virtual_tokens": 6, "prompt_tuning_init_token_ids": [0, 1, 2, 3, 4, 5]}, 4, 6),
     ],
 )
@@ -146,14 +145,14 @@ def test_fewer_usable_rows_than_virtual_tokens_are_refused(options, found, of):
     words = (
         f"`num_virtual_tokens`={options['num_virtual_tokens']}",
         f"{found} of {of}",
-        "init_vocab_size",
+        "prompt_tuning_init_vocab_size",
         "`prompt_tuning_init`",
     )
     assert [word for word in words if word not in str(error.value)] == []
 
 
 def test_token_ids_past_the_table_are_refused():
-    with pytest.raises(ValueError, match=r"`prompt_tuning_init_token_ids` holds 64, .* 64 rows"):
+    with pytest.raises(ValueError, match=r"`prompt_tuning_init_token_ids` contains 64, .* 64 rows"):
         start(make_table(), prompt_tuning_init_token_ids=[5, 6, 64, 7])
 
 
@@ -200,7 +199,7 @@ def test_special_tokens_are_not_counted(tokenizer):
 
 @pytest.mark.parametrize("texts", ([], [""], ["</s> strangeword"]))
 def test_texts_without_an_ordinary_token_are_refused(texts, tokenizer):
-    with pytest.raises(ValueError, match="`texts` holds no ordinary token"):
+    with pytest.raises(ValueError, match="`texts` contains no ordinary token"):
         most_common_token_ids(texts, tokenizer)
 
 
@@ -256,7 +255,11 @@ def test_class_labels_come_first_then_common_vocabulary(tokenizer_folder):
     table = make_table()
     rest = set()
     for seed in range(40):
-        prompt = start(table, seed, **labels(tokenizer_folder, "yes", "no", init_vocab_size=12, num_virtual_tokens=5))
+        prompt = start(
+            table,
+            seed,
+            **labels(tokenizer_folder, "yes", "no", prompt_tuning_init_vocab_size=12, num_virtual_tokens=5),
+        )
         ids = ids_of(prompt, table)
         assert ids[:2] == [token("yes"), token("no")] and len(set(ids)) == 5
         rest.update(ids[2:])
@@ -274,13 +277,15 @@ def test_a_label_of_several_tokens_is_their_mean(tokenizer_folder):
 def test_common_vocabulary_after_labels_does_not_repeat_them(tokenizer_folder):
     table = make_table()
     for seed in range(30):
-        options = labels(tokenizer_folder, WORDS[0], WORDS[1], init_vocab_size=FIRST_WORD + 5, num_virtual_tokens=5)
+        options = labels(
+            tokenizer_folder, WORDS[0], WORDS[1], prompt_tuning_init_vocab_size=FIRST_WORD + 5, num_virtual_tokens=5
+        )
         assert len(set(ids_of(start(table, seed, **options), table))) == 5
 
 
 @pytest.mark.parametrize("label", ("strangeword", "good strangeword", "  "))
 def test_a_label_that_the_tokenizer_does_not_know_is_refused(label, tokenizer_folder):
-    with pytest.raises(ValueError, match=f"`prompt_tuning_init_class_labels` holds {label!r}"):
+    with pytest.raises(ValueError, match=f"`prompt_tuning_init_class_labels` contains {label!r}"):
         start(make_table(), **labels(tokenizer_folder, label))
 
 

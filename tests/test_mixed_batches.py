@@ -197,7 +197,7 @@ def test_gradients_reach_the_adapter_of_each_row():
         (["first", "nobody"], r"'nobody', but the adapters are \['first', 'merged', 'plain', 'second'\]"),
         (["first"], r"one name for each of the 2 rows, got \['first'\]"),
         ("first", "one name for each of the 2 rows, got 'first'"),
-        (["first", None], "has None, but"),
+        (["first", None], "contains None, but"),
     ],
 )
 @pytest.mark.parametrize("method", ["__call__", "generate"])

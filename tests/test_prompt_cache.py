@@ -195,5 +195,5 @@ def test_it_is_not_used_where_the_prompt_is_trained_or_dropout_is_on():
 
 def test_a_model_that_reads_in_both_directions_is_refused():
     model = get_peft_model(BertLMHeadModel(tiny_bert("MaskedLM").config), make_config(task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="'bert' reads in both directions"):
+    with pytest.raises(ValueError, match="'bert' is bidirectional"):
         model.enable_prompt_cache()

@@ -306,7 +306,7 @@ def test_a_network_of_the_users_own_says_what_it_does_not_read(own_names):
     def build_fixed(config):
         return nn.Linear(config.token_dim, config.token_dim)
 
-    with pytest.raises(ValueError, match=r"`encoder_dropout`=0\.1 has no effect with .*'FIXED'"):
+    with pytest.warns(UserWarning, match=r"`encoder_dropout`=0\.1 has no effect with .*'FIXED'"):
         make_config(encoder_reparameterization_type="FIXED", encoder_dropout=0.1)
     with pytest.raises(ValueError, match=r"encoder_shared=False.*'FIXED'"):
         make_config(encoder_reparameterization_type="FIXED", encoder_shared=False)

@@ -51,12 +51,11 @@ def folder(tmp_path):
 @pytest.mark.parametrize("init", ("COMMON_VOCAB", "SAMPLE_VOCAB"))
 def test_each_token_starts_as_one_of_distinct_rows_of_the_vocabulary(init):
     table = make_table(padding_idx=7)
-    config = make_config(**SUPERPOS, token_dim=WIDTH, prompt_tuning_init=init, init_vocab_size=12)
-    config.model_special_ids = (0, 1)
+    config = make_config(**SUPERPOS, token_dim=WIDTH, prompt_tuning_init=init, prompt_tuning_init_vocab_size=12)
     drawn = set()
     for seed in range(100):
         config.prompt_tuning_init_seed = seed
-        encoder = ResidualPromptEncoder(config, table)
+        encoder = ResidualPromptEncoder(config, table, special_ids=(0, 1))
         ids = ids_of(encoder.network.rows, table)
         assert len(set(ids)) == M
         assert torch.equal(encoder(), table.weight[ids[:P]])
@@ -185,7 +184,7 @@ def test_the_report_is_of_the_projected_prompt_which_alone_is_a_point_among_the_
 
 def test_check_finds_a_saved_adapter_whole(folder):
     report = check_adapter(folder)
-    assert report.is_whole and report.network == "SUPERPOS"
+    assert report.is_valid and report.network == "SUPERPOS"
     assert report.shapes[ROWS] == [M, WIDTH]
     assert report.shapes["residual_prompt_tuning.embedding.weight"] == [P, M]
 
@@ -193,7 +192,7 @@ def test_check_finds_a_saved_adapter_whole(folder):
 @pytest.mark.parametrize(
     "damage, words",
     [
-        (lambda tensors: tensors[ROWS][0].mul_(2), ("do not give its own projected prompt",)),
+        (lambda tensors: tensors[ROWS][0].mul_(2), ("do not result in its own projected prompt",)),
         (lambda tensors: tensors.pop(ROWS), ("network.rows: expected [8, 16], found nothing",)),
         (
             lambda tensors: tensors.update({ROWS: torch.zeros(M + 1, WIDTH)}),
@@ -230,7 +229,7 @@ def test_a_network_of_the_users_own_can_mix_rows(own_names, tmp_path):
             return weights.softmax(dim=-1) @ self.rows
 
     register_reparameterization("AVERAGE", mixes_vocabulary=True)(Average)
-    with pytest.raises(ValueError, match=r"`encoder_residual`=False has no effect with .*'AVERAGE'"):
+    with pytest.warns(UserWarning, match=r"`encoder_residual`=False has no effect with .*'AVERAGE'"):
         make_config(encoder_reparameterization_type="AVERAGE", encoder_residual=False)
     base = tiny_llama()
     model = LLAMA.model(fresh(base), encoder_reparameterization_type="AVERAGE")

@@ -21,8 +21,8 @@ from ..config import ResidualPromptTuningConfig
 from ..encoder import ResidualPromptEncoder
 from ..export.prompt_tuning import get_prompt_tensor
 from ..initialization import look_up, num_rows
-from ..storage.checkpoint import EMBEDDING_KEY, PROJECTED_KEY, unpack
-from ..storage.validation import read_adapter
+from ..storage.checkpoint import EMBEDDING_KEY
+from ..storage.saved_adapter import read_adapter
 
 
 METRICS = ("cosine", "euclidean")
@@ -226,9 +226,9 @@ def inspect_prompt(
         start, no_start = _start(config, model.word_embeddings)
     else:
         name = str(model_or_adapter_folder)
-        config, tensors = read_adapter(model_or_adapter_folder)
-        projected = tensors[PROJECTED_KEY].float()
-        raw = unpack(tensors)[1][EMBEDDING_KEY].float() if _has_raw(config) else None
+        saved = read_adapter(model_or_adapter_folder)
+        config, projected = saved.config, saved.projected.float()
+        raw = saved.state[EMBEDDING_KEY].float() if _has_raw(config) else None
         no_start = "that takes the base model."
     unit = nn.functional.normalize(projected, dim=1)
     return PromptReport(

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,10 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
-from ..storage import atomic, checkpoint, model_card
+from ..config import PEFT_TYPE, ResidualPromptTuningConfig
+from ..storage import atomic, checkpoint, files, model_card
+from ..storage.saved_adapter import read_adapter
 from ..storage.sharded import is_sharded
-from ..storage.validation import read_adapter
 
 
 def get_prompt_tensor(model: PeftModel, adapter_name: str = "default") -> Tensor:
@@ -59,24 +58,15 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str = "default") ->
             f"The weights of adapter {adapter_name!r} are spread over processes (FSDP2 or ZeRO-3), which hold on to "
             "them. Save it with `model.save_pretrained` and merge the folder with `save_as_prompt_tuning`."
         )
-    plain_config = to_prompt_tuning_config(model.peft_config[adapter_name])
+    plain_config = model.peft_config[adapter_name].to_prompt_tuning_config()
     prompt = get_prompt_tensor(model, adapter_name)
     with torch.random.fork_rng(devices=[]):  # the start that PEFT draws is replaced on the next lines
         embedding = PromptEmbedding(plain_config, model.word_embeddings)
     embedding.embedding.weight = torch.nn.Parameter(prompt.to(encoder.embedding.weight.device))
     embedding.requires_grad_(encoder.is_trainable).train(encoder.training)
-    embedding.trained_as = model.peft_config[adapter_name].to_dict()  # for the model card
+    model.merged_from[adapter_name] = model.peft_config[adapter_name]
     model.prompt_encoder[adapter_name] = embedding
     model.peft_config[adapter_name] = plain_config
-
-
-def to_prompt_tuning_config(config: ResidualPromptTuningConfig) -> PromptTuningConfig:
-    """The plain config of the merged adapter: the fields that PEFT's own class has."""
-    written = config.to_dict()
-    values = {f.name: written[f.name] for f in fields(PromptTuningConfig)}
-    # The prompt comes from the file; a start by text would ask for a tokenizer.
-    unneeded = ("peft_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs")
-    return PromptTuningConfig(**{name: value for name, value in values.items() if name not in unneeded})
 
 
 def save_as_prompt_tuning(
@@ -113,8 +103,7 @@ def save_as_prompt_tuning(
         tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
     else:
         config, tensors = _read_folder(model_or_adapter_folder)
-    plain_config = to_prompt_tuning_config(config)
-    plain_config.inference_mode = True
+    plain_config = config.to_prompt_tuning_config(inference_mode=True)
     return write_adapter(out, plain_config, checkpoint.strip(tensors), trained_as=config, overwrite=overwrite)
 
 
@@ -150,7 +139,7 @@ def save_prompt_tensor(
         prompt = get_prompt_tensor(model_or_adapter_folder, adapter_name)
         rows = model_or_adapter_folder.peft_config[adapter_name].num_virtual_tokens
     else:
-        prompt, rows = checkpoint.read_prompt(model_or_adapter_folder)
+        prompt, rows = files.read_prompt(model_or_adapter_folder)
     prompt = prompt[:rows]  # PEFT keeps a second set for the decoder, which sees none of it
     with atomic.new_file(out, overwrite=overwrite) as path:
         # A copy of its own: torch would write the whole storage of a view.
@@ -172,10 +161,11 @@ _TENSOR_WRITERS: dict[str, Callable[[Tensor, Path], None]] = {
 
 
 def _read_folder(folder: str | os.PathLike[str]) -> tuple[ResidualPromptTuningConfig, dict[str, Tensor]]:
-    config, tensors = read_adapter(folder)
+    saved = read_adapter(folder)
+    config, tensors = saved.config, {checkpoint.PROJECTED_KEY: saved.projected, **saved.heads}
     if not isinstance(config, ResidualPromptTuningConfig):
         raise ValueError(
-            f"`{folder}` holds an adapter of type {config.peft_type.value!r}, expected {PEFT_TYPE_NAME!r}. Only "
+            f"`{folder}` holds an adapter of type {config.peft_type.value!r}, expected {PEFT_TYPE.value!r}. Only "
             "residual adapters have a network to merge."
         )
     return config, tensors

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
-from ..peft_model.inputs import NO_ADAPTER
+from ..peft_model.mixed_batch import NO_ADAPTER
 from ..storage import atomic
 from .prompt_tuning import evaluating, get_prompt_tensor, is_close, require_adapter
 

@@ -1,47 +1,43 @@
-"""The prompts of a batch, and what happens to masks, positions and the order of columns when they stand in front.
+"""Masks, positions and the order of columns with a prompt in front of the input.
 
 Pure functions of tensors: `B` rows, `P` the length of the longest prompt, `L` input tokens, `H` the width.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .mixed_batch import BatchPrompt
 
-NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
+
+Inputs = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class BatchPrompt:
-    """The prompts of a batch: `B` rows, `P` the length of the longest prompt, `H` the width.
+def text_of(inputs: Inputs) -> Tensor:
+    """The input as it was given: `input_ids` `[B, L]` or `inputs_embeds` `[B, L, H]`."""
+    given = inputs.get("input_ids")
+    if given is None:
+        given = inputs.get("inputs_embeds")
+    if given is None:
+        raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
+    return given
 
-    Args:
-        embeds (`torch.Tensor`): `[B, P, H]`; shorter prompts stand at the end of their row, behind filler.
-        lengths (`torch.Tensor`, *optional*): `[B]`, int64, where they differ; None when all have `P`.
-        is_shared (`bool`): Whether all rows have the active adapter's prompt.
-    """
 
-    embeds: Tensor
-    lengths: Tensor | None = None
-    is_shared: bool = False
-
-    @property
-    def filler(self) -> Tensor | None:
-        """Which positions hold no prompt: `[B, P]`, bool; None where all hold one."""
-        if self.lengths is None:
-            return None
-        length = self.embeds.shape[1]
-        return torch.arange(length, device=self.embeds.device) < (length - self.lengths).unsqueeze(1)
+def accepts_position_ids(base_model: Any) -> bool:
+    """Whether the base model's `forward` takes `position_ids`."""
+    base_model = getattr(base_model, "_orig_mod", base_model)  # a compiled model's signature is (*args, **kwargs)
+    return "position_ids" in inspect.signature(type(base_model).forward).parameters
 
 
 def extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
     """Put `length` columns of `value` in front of a `[B, L]` tensor."""
     if not isinstance(tensor, Tensor) or tensor.ndim != 2:
         got = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else f"a {type(tensor).__name__}"
-        raise ValueError(f"`{name}` must be a tensor of two dimensions (rows, tokens), got {got}. Pass it like that.")
+        raise ValueError(f"`{name}` must be a tensor of two dimensions (rows, tokens), got {got}.")
     return torch.cat([tensor.new_full((tensor.shape[0], length), value), tensor], dim=1)
 
 
@@ -67,15 +63,15 @@ def extend_positions(position_ids: Tensor, prompt: BatchPrompt) -> Tensor:
 def positions_of(mask: Tensor) -> Tensor:
     """Positions that count neither padding in front of the text nor gaps in it; same shape as the mask.
 
-    Padding behind the text goes on counting, as it does without a mask.
+    Padding after the text is counted, as transformers' models do it themselves.
     """
-    behind_text = mask.flip(-1).cumsum(-1).flip(-1) == 0
-    skipped = (mask == 0) & ~behind_text
+    after_text = mask.flip(-1).cumsum(-1).flip(-1) == 0
+    skipped = (mask == 0) & ~after_text
     return (torch.arange(mask.shape[1], device=mask.device) - skipped.long().cumsum(-1)).clamp(min=0)
 
 
 def padding_first(moved: Tensor, length: int) -> Tensor:
-    """The order `[B, P + L]` that brings what is moved to the front, before the prompt and the rest."""
+    """The order `[B, P + L]` that moves the given tokens `[B, L]` to the front, before the prompt and the rest."""
     return extend(~moved, length, True, "attention_mask").long().argsort(dim=1, stable=True)
 
 
@@ -87,7 +83,7 @@ def reorder(tensor: Tensor, order: Tensor) -> Tensor:
 
 
 def refuse_packing(position_ids: Tensor, mask: Tensor | None) -> None:
-    """Raise a `ValueError` if positions `[B, L]` begin anew within a row."""
+    """Raise a `ValueError` if positions `[B, L]` restart within a row."""
     if torch.compiler.is_compiling():
         return
     restarts = position_ids.diff(dim=-1) <= 0
@@ -95,6 +91,6 @@ def refuse_packing(position_ids: Tensor, mask: Tensor | None) -> None:
         restarts = restarts & mask[:, 1:].bool() & mask[:, :-1].bool()
     if restarts.any():
         raise ValueError(
-            "`position_ids` restart within a row: several texts are packed into it, and only the first would stand "
-            "behind the prompt. Turn packing off (`packing=False`, `padding_free=False`)."
+            "`position_ids` restart within a row: several texts are packed into it, and only the first would come "
+            "after the prompt. Turn packing off (`packing=False`, `padding_free=False`)."
         )

@@ -1,4 +1,4 @@
-"""A prompt's keys and values in a frozen causal model: computed once, used for every batch until a weight changes."""
+"""`PromptCache`: a prompt's keys and values in a frozen causal model, reused until a weight changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 class PromptCache:
     """Keys and values of one prompt.
 
-    A causal model computes the same for the prompt whatever text follows, so a batch can start behind it.
+    In a causal model they do not depend on the text that follows, so every batch can continue from them.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class PromptCache:
         self._made_from: tuple[Tensor, tuple[tuple[int, int, int], ...]] | None = None
 
     def for_batch(self, base_model: Any, prompt: Tensor, batch_size: int) -> Any:
-        """Keys and values for every row, in a cache of its own that the model may append to.
+        """Keys and values for every row, in a new cache that the model may append to.
 
         Args:
             base_model (`transformers.PreTrainedModel`): The frozen causal model.
@@ -28,7 +28,7 @@ class PromptCache:
             batch_size (`int`): Rows, `B`.
 
         Returns:
-            `transformers.DynamicCache`: Of length `P`; None if the model keeps its state in another way.
+            `transformers.DynamicCache`: Of length `P`; None if the model uses another type of cache.
         """
         from transformers import DynamicCache
 

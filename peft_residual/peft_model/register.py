@@ -1,9 +1,9 @@
 """Plugs residual prompt tuning into PEFT: the only file that changes anything in it.
 
-Two mapping entries make PEFT build and read residual adapters. Three methods of `PeftModel` are wrapped, since they
-refuse or cannot do what residual adapters can: `add_adapter` (gives the model its class of `base.py`),
-`load_adapter` and `from_pretrained` (`is_trainable=True`, checks of the file). Wrappers hand everything that is not a
-residual adapter to PEFT's own method, unchanged. `docs/how-it-plugs-in.md` says why each is needed.
+An entry in each of two mappings makes PEFT read residual configs and save residual adapters. Three methods of
+`PeftModel` are wrapped, because they refuse what residual adapters can do: `add_adapter` (gives the model its residual
+class), `from_pretrained` and `load_adapter` (`is_trainable=True`, checks of the files). Wrappers call PEFT's method,
+unchanged, for every other adapter. `docs/how-it-plugs-in.md` says why each is needed.
 """
 
 from __future__ import annotations
@@ -16,32 +16,40 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.prompt_tuning import PromptEmbedding
-from peft.tuners.tuners_utils import BasePromptEncoder
-from torch import Tensor
 
-from ..config import PEFT_TYPE_NAME, ResidualPromptTuningConfig
-from ..encoder import ResidualPromptEncoder
-from ..storage import checkpoint, validation
-from .base import RESIDUAL_MODEL_CLASSES, ResidualPeftModel
+from ..config import PEFT_TYPE, ResidualPromptTuningConfig
+from ..encoder import ResidualPromptEncoder, is_in_use
+from ..storage import checkpoint
+from ..storage.saved_adapter import SavedAdapter, keys_of_modules, naming, read_residual_adapter
+from . import causal_lm, tasks
+from .adapters import ResidualAdapters
 from .learning_rate import watch_learning_rate
 
 
 _LOCK = threading.Lock()
 _MARK = "_residual_config_class"
 
-# PEFT removes the adapter's name from keys right after it has collected them, and does not say of which config.
-_saving_residual: ContextVar[bool] = ContextVar("_saving_residual", default=False)
-# Whether an adapter that is added is one that is being loaded; a new one cannot be for inference.
-_loading: ContextVar[bool] = ContextVar("_loading", default=False)
+_RESIDUAL_CLASSES: dict[type[PeftModel], type[ResidualAdapters]] = {
+    residual.__mro__[3]: residual
+    for residual in (
+        causal_lm.PeftModelForCausalLM,
+        tasks.PeftModelForSeq2SeqLM,
+        tasks.PeftModelForSequenceClassification,
+        tasks.PeftModelForTokenClassification,
+        tasks.PeftModelForQuestionAnswering,
+        tasks.PeftModelForFeatureExtraction,
+    )
+}
 
-# Heads that PEFT trains along, by task, besides those of `modules_to_save`.
+# Adapters of these types can be in one model. PEFT allows one type only, which it keeps in `model.peft_type`.
+_COMPATIBLE_TYPES = (PEFT_TYPE, PeftType.PROMPT_TUNING)
+
+# Heads that PEFT trains for a task, besides `modules_to_save`.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -50,43 +58,13 @@ _HEADS = {
 
 
 def register() -> None:
-    """Plug into PEFT, once: a second call, a reload and concurrent calls change nothing more."""
+    """Plug into PEFT, once: a second call, a reload or concurrent calls change nothing more."""
     with _LOCK:
-        PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE_NAME] = ResidualPromptTuningConfig
-        current = PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING]
-        if getattr(current, _MARK, None) is not ResidualPromptTuningConfig:
-            PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING] = _make_dispatcher(current)
+        PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = ResidualPromptTuningConfig
+        PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = ResidualPromptEncoder
         _wrap("add_adapter", _add_adapter)
         _wrap("load_adapter", _load_adapter)
         _wrap("from_pretrained", _from_pretrained)
-
-
-def _make_dispatcher(previous: type[BasePromptEncoder]) -> type[BasePromptEncoder]:
-    """The class that PEFT finds for prompt tuning: residual configs to our encoder, others to `previous`."""
-
-    def handler(config: PeftConfig) -> type[BasePromptEncoder]:
-        return ResidualPromptEncoder if isinstance(config, ResidualPromptTuningConfig) else previous
-
-    class PromptEmbeddingDispatcher(PromptEmbedding):
-        def __new__(cls, config: PeftConfig, word_embeddings: torch.nn.Module) -> Any:
-            return handler(config)(config, word_embeddings)
-
-        @classmethod
-        def _get_adapter_state_dict(cls, model: Any, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
-            _saving_residual.set(handler(config) is ResidualPromptEncoder)
-            return handler(config)._get_adapter_state_dict(model, config, *args, **kwargs)
-
-        @classmethod
-        def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-            # Keys of a residual adapter and of its heads never hold the name, only words that may be equal to it.
-            return key if _saving_residual.get() else previous._remove_adapter_name_from_key(key, adapter_name)
-
-        @classmethod
-        def _remap_adapter_state_dict_for_load(cls, model: Any, config: PeftConfig, *args: Any, **kwargs: Any) -> Any:
-            return handler(config)._remap_adapter_state_dict_for_load(model, config, *args, **kwargs)
-
-    setattr(PromptEmbeddingDispatcher, _MARK, ResidualPromptTuningConfig)
-    return PromptEmbeddingDispatcher
 
 
 def _wrap(name: str, wrapper: Any) -> None:
@@ -104,91 +82,69 @@ def _wrap(name: str, wrapper: Any) -> None:
     setattr(PeftModel, name, classmethod(wrapped) if is_classmethod else wrapped)
 
 
+# --- add ------------------------------------------------------------------------------------------------------------
+
+
 def _add_adapter(
     original: Any, model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
 ) -> None:
-    if not isinstance(peft_config, ResidualPromptTuningConfig):
-        original(model, adapter_name, peft_config, *args, **kwargs)
-        return
-    model_class = _residual_class(type(model))
-    if not adapter_name or set(adapter_name) & set("./\\"):
-        raise ValueError(
-            f"`adapter_name`={adapter_name!r} cannot name a module, nor the folder that the adapter is saved to. Use "
-            "a name without dots and slashes."
-        )
-    heads = {*(peft_config.modules_to_save or ()), *_HEADS.get(peft_config.task_type, ())}
-    if adapter_name in heads:
-        raise ValueError(
-            f"`adapter_name`={adapter_name!r} is the name of a module that is trained along (`modules_to_save`), and "
-            "PEFT would take the prompt for it. Choose another name."
-        )
-    if peft_config.inference_mode and not _loading.get():
-        warnings.warn(
-            "The config of a new adapter says `inference_mode=True`, as saved configs do; it is set to False, since "
-            "there is nothing trained to run. To load weights, use `PeftModel.from_pretrained`.",
-            stacklevel=4,
-        )
-        peft_config.inference_mode = False
-    peft_config.model_special_ids = _special_ids(model.base_model)
+    is_residual = isinstance(peft_config, ResidualPromptTuningConfig) and model.peft_type in _COMPATIBLE_TYPES
+    if is_residual:
+        _check_adapter_name(adapter_name, peft_config)
+        _adopt(model)
+        if peft_config.inference_mode:
+            warnings.warn(
+                "The config of a new adapter has `inference_mode=True`, as saved configs do. It is set to False, "
+                "because nothing is trained yet. To load weights, use `PeftModel.from_pretrained`.",
+                stacklevel=4,
+            )
+            peft_config.inference_mode = False
+    if isinstance(model, ResidualAdapters) and peft_config.peft_type in _COMPATIBLE_TYPES:
+        model.peft_type = peft_config.peft_type
     original(model, adapter_name, peft_config, *args, **kwargs)
-    # As torch's `fully_shard` does, the instance changes its class: PEFT's classes stay as they are.
-    model.__class__ = model_class
-    # PEFT keeps the base model's table under a second name, and FSDP2 cannot load a checkpoint that has both: here the
-    # second is an attribute that is no submodule.
-    if "word_embeddings" in model._modules:
-        vars(model)["word_embeddings"] = model._modules.pop("word_embeddings")
-    model.freeze_inactive_prompts()
-    watch_learning_rate(model.prompt_encoder[adapter_name])
+    if is_residual:
+        model.freeze_inactive_prompts()
+        watch_learning_rate(model.prompt_encoder[adapter_name])
+
+
+def _adopt(model: PeftModel) -> None:
+    """Give the instance its residual class, as torch's `fully_shard` does; PEFT's classes are not changed."""
+    if isinstance(model, ResidualAdapters):
+        return
+    model.__class__ = _residual_class(type(model))
+    model.merged_from = {}
 
 
 def _residual_class(model_class: type[PeftModel]) -> type[PeftModel]:
-    if issubclass(model_class, ResidualPeftModel):
-        return model_class
-    for known, residual in RESIDUAL_MODEL_CLASSES.items():
+    for known, residual in _RESIDUAL_CLASSES.items():
         if model_class is known:
             return residual
-        if issubclass(model_class, known):  # a subclass of the user's
-            return type(f"Residual{model_class.__name__}", (residual, model_class), {})
+        if issubclass(model_class, known):  # a user's subclass
+            return type(model_class.__name__, (residual, model_class), {})
     raise TypeError(
         f"{model_class.__name__} does not put a prompt in front of the input. Build the model with "
-        "`peft.get_peft_model(model, config)`, which takes PEFT's class for the config's `task_type`."
+        "`peft.get_peft_model(model, config)`, which uses PEFT's class for the config's `task_type`."
     )
 
 
-def _load_adapter(
-    original: Any,
-    model: PeftModel,
-    model_id: str | os.PathLike[str],
-    adapter_name: str,
-    is_trainable: bool = False,
-    *args: Any,
-    **kwargs: Any,
-) -> Any:
-    is_new = adapter_name not in model.peft_config
-    if not _is_residual(model, model_id, adapter_name, kwargs):
-        return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-    config, tensors = validation.read_adapter(model_id, model.peft_config.get(adapter_name), **_hub_kwargs(kwargs))
-    with validation.naming(model_id):
-        _check_modules_to_save(model, config, tensors, kwargs.get("ignore_mismatched_sizes", False))
-        if not is_new:
-            return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        # PEFT refuses to load a prompt for training. Loading it for inference does not need what it started from.
-        with _loading_adapter(model, keep_modes=is_trainable):
-            try:
-                result = original(model, model_id, adapter_name, False, *args, **kwargs)
-            except Exception:
-                if adapter_name in model.peft_config:
-                    model.delete_adapter(adapter_name)  # a half-loaded adapter would answer from its random start
-                raise
-            finally:
-                for parameter in trained:  # PEFT has frozen the heads of the adapter that is being trained
-                    parameter.requires_grad_(True)
-    if is_trainable:
-        model.peft_config[adapter_name].inference_mode = False
-        if adapter_name == model.active_adapter:
-            model.set_adapter(adapter_name)
-    return result
+def _check_adapter_name(adapter_name: str, config: PeftConfig) -> None:
+    if not adapter_name or set(adapter_name) & set("./\\"):
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} can be neither the name of a module nor of the folder that the adapter "
+            "is saved to. Use a name without dots and slashes."
+        )
+    if adapter_name in _trained_heads(config):
+        raise ValueError(
+            f"`adapter_name`={adapter_name!r} is the name of a module in `modules_to_save`, and PEFT would mistake "
+            "the prompt for it. Choose another name."
+        )
+
+
+def _trained_heads(config: PeftConfig) -> set[str]:
+    return {*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())}
+
+
+# --- load -----------------------------------------------------------------------------------------------------------
 
 
 def _from_pretrained(
@@ -202,45 +158,84 @@ def _from_pretrained(
     *args: Any,
     **kwargs: Any,
 ) -> PeftModel:
-    hub_kwargs = _hub_kwargs(kwargs)
-    if config is None and (is_trainable or os.path.isdir(model_id)):
-        is_residual = validation.is_residual(model_id, **hub_kwargs)
-    else:
-        is_residual = isinstance(config, ResidualPromptTuningConfig)
-    if not is_residual:
+    saved = None
+    if config is None or isinstance(config, ResidualPromptTuningConfig):
+        saved = read_residual_adapter(model_id, config, **_hub_kwargs(kwargs))
+    if saved is None:
         return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
-    validation.read_adapter(model_id, config, **hub_kwargs)  # before a model is touched
-    config = copy.deepcopy(config)  # PEFT switches the config to inference: not the one of a live model
-    with validation.naming(model_id), _loading_adapter(model, keep_modes=is_trainable):
-        peft_model = original(cls, model, model_id, adapter_name, False, config, *args, **kwargs)
+    with _loading(model, model_id, keep_modes=is_trainable):
+        plain = _check_before_loading(model, "base_model.", adapter_name, saved, kwargs)
+        encoder = saved.build_encoder()
+        peft_model = original(cls, model, model_id, adapter_name, False, plain, *args, **kwargs)
+        _install(peft_model, adapter_name, saved.config, encoder)
     if is_trainable:
         peft_model.training = True
         peft_model.prompt_encoder.train()
-        peft_model.peft_config[adapter_name].inference_mode = False
-        peft_model.set_adapter(adapter_name)
+        _make_trainable(peft_model, adapter_name)
     return peft_model
 
 
-def _is_residual(model: PeftModel, model_id: str | os.PathLike[str], adapter_name: str, kwargs: Any) -> bool:
-    if adapter_name in model.peft_config:
-        return isinstance(model.peft_config[adapter_name], ResidualPromptTuningConfig)
-    if model.peft_type != PeftType.PROMPT_TUNING:  # PEFT refuses to mix them
-        return False
-    return validation.is_residual(model_id, **_hub_kwargs(kwargs))
+def _load_adapter(
+    original: Any,
+    model: PeftModel,
+    model_id: str | os.PathLike[str],
+    adapter_name: str,
+    is_trainable: bool = False,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    existing = model.peft_config.get(adapter_name)
+    saved = None
+    if isinstance(existing, ResidualPromptTuningConfig) or (existing is None and model.peft_type in _COMPATIBLE_TYPES):
+        saved = read_residual_adapter(model_id, existing, **_hub_kwargs(kwargs))
+    if saved is None:
+        return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+    if existing is not None:  # PEFT calls the encoder's hooks
+        with naming(model_id):
+            _check_heads(model, "", saved, kwargs)
+            return original(model, model_id, adapter_name, is_trainable, *args, **kwargs)
+    with _loading(model, model_id, keep_modes=is_trainable):
+        plain = _check_before_loading(model, "", adapter_name, saved, kwargs)
+        encoder = saved.build_encoder()
+        try:
+            model.add_adapter(adapter_name, plain)
+            result = original(model, model_id, adapter_name, False, *args, **kwargs)
+            _install(model, adapter_name, saved.config, encoder)
+        except Exception:
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)  # it would run with a random prompt
+            raise
+    result.unexpected_keys[:] = [key for key in result.unexpected_keys if not key.startswith(checkpoint.PREFIX)]
+    if is_trainable:
+        _make_trainable(model, adapter_name)
+    return result
 
 
-def _check_modules_to_save(
-    model: PeftModel, config: PeftConfig, tensors: dict[str, Tensor], ignore_mismatched_sizes: bool
-) -> None:
-    """Refuse weights that the model has no place for, which PEFT would pass over, and a head that has none."""
+def _check_before_loading(
+    model: torch.nn.Module, prefix: str, adapter_name: str, saved: SavedAdapter, kwargs: Any
+) -> PeftConfig:
+    """Check everything that can be checked before the model is touched.
+
+    Returns:
+        [`~peft.PromptTuningConfig`]: The plain config with which PEFT can load the adapter: for inference, without
+        asking for what the prompt was initialized from.
+    """
+    _check_adapter_name(adapter_name, saved.config)
+    _check_heads(model, prefix, saved, kwargs)
+    return saved.config.to_prompt_tuning_config(inference_mode=True)
+
+
+def _check_heads(model: torch.nn.Module, prefix: str, saved: SavedAdapter, kwargs: Any) -> None:
+    """Refuse weights that the model has no place for, which PEFT would ignore, and heads without weights."""
     named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
     live = {
-        name.replace(".original_module.", "."): list(getattr(tensor, "ds_shape", tensor.shape))  # whole under ZeRO-3
+        (prefix + name).replace(".original_module.", "."): list(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3
         for name, tensor in named
-        if name.startswith("base_model.") and ".modules_to_save." not in name
+        if (prefix + name).startswith("base_model.") and ".modules_to_save." not in name
     }
-    found = {key: list(tensor.shape) for key, tensor in checkpoint.unpack(tensors)[2].items()}
-    needed = validation.keys_of_modules(live, config.modules_to_save)
+    found = {key: list(tensor.shape) for key, tensor in saved.heads.items()}
+    needed = keys_of_modules(live, _trained_heads(saved.config))
+    ignore_mismatched_sizes = kwargs.get("ignore_mismatched_sizes", False)
     mismatches = [
         f"  {key}: expected {live.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
         for key in sorted({*found, *needed})
@@ -248,36 +243,46 @@ def _check_modules_to_save(
     ]
     if mismatches:
         raise ValueError(
-            "The checkpoint's modules that were trained along (`modules_to_save`) are not this base model's, or are "
-            "damaged:\n" + "\n".join(mismatches) + "\nUse the base model that the adapter was trained for, with as "
-            "many labels, or save or download the adapter again."
+            "The checkpoint's trained heads (`modules_to_save`) do not fit this base model, or are damaged:\n"
+            + "\n".join(mismatches)
+            + "\nUse the base model that the adapter was trained for, with as many labels, or save or download the "
+            "adapter again."
         )
+
+
+@contextmanager
+def _loading(model: torch.nn.Module, model_id: str | os.PathLike[str], keep_modes: bool) -> Iterator[None]:
+    """Name the source in errors, and undo what PEFT does to the rest of the model when it loads a prompt.
+
+    It puts the whole model in eval mode, freezes the heads of the adapter that is being trained, and draws random
+    numbers.
+    """
+    modes = [(module, module.training) for module in model.modules()] if keep_modes else []
+    trained = [p for p in model.parameters() if p.requires_grad] if isinstance(model, PeftModel) else []
+    try:
+        with naming(model_id), torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    for module, mode in modes:
+        module.training = mode
+
+
+def _install(model: PeftModel, adapter_name: str, config: PeftConfig, encoder: ResidualPromptEncoder) -> None:
+    _adopt(model)
+    # PEFT keeps the config that it is given, as the model's own, unless another model already uses it.
+    model.install_encoder(adapter_name, copy.deepcopy(config) if is_in_use(config) else config, encoder)
+
+
+def _make_trainable(model: PeftModel, adapter_name: str) -> None:
+    model.peft_config[adapter_name].inference_mode = False
+    model.prompt_encoder[adapter_name].train(model.training)
+    if adapter_name == model.active_adapter:
+        model.set_adapter(adapter_name)
 
 
 def _hub_kwargs(kwargs: Any) -> dict[str, Any]:
     hub_kwargs, _ = PeftModel._split_kwargs(kwargs)
     hub_kwargs.pop("use_auth_token", None)
     return {name: value for name, value in hub_kwargs.items() if value is not None}
-
-
-def _special_ids(base_model: Any) -> tuple[int, ...]:
-    """Every `*_token_id` that the model's configuration names."""
-    values = base_model.config.to_dict() if hasattr(base_model.config, "to_dict") else {}
-    ids: set[int] = set()
-    for name, value in values.items():
-        if name.endswith(("_token_id", "_token_ids")):
-            ids.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
-    return tuple(sorted(ids))
-
-
-@contextmanager
-def _loading_adapter(model: torch.nn.Module, keep_modes: bool) -> Iterator[None]:
-    """Tell `add_adapter` that weights will follow; undo the `eval()` that PEFT ends loading for inference with."""
-    modes = [(module, module.training) for module in model.modules()] if keep_modes else []
-    token = _loading.set(True)
-    try:
-        yield
-    finally:
-        _loading.reset(token)
-    for module, mode in modes:
-        module.training = mode

@@ -14,8 +14,9 @@ from typing import Any
 
 from peft.utils import CONFIG_NAME
 
-from ..config import PEFT_TYPE_NAME
-from . import atomic, checkpoint
+from ..config import PEFT_TYPE
+from . import atomic
+from .files import read_config
 
 
 CARD_NAME = "README.md"
@@ -82,7 +83,7 @@ def update_card(
 
     path = Path(folder, CARD_NAME)
     files = {subfolder: Path(folder, subfolder, CONFIG_NAME) for subfolder in ("", *subfolders)}
-    configs = {subfolder: checkpoint.read_config(file) for subfolder, file in files.items() if file.is_file()}
+    configs = {subfolder: read_config(file) for subfolder, file in files.items() if file.is_file()}
     if not configs:
         return None
     try:
@@ -90,7 +91,7 @@ def update_card(
     except (ValueError, YAMLError) as error:
         raise ValueError(f"`{path}` has damaged metadata ({error}). Mend or delete it.") from error
     trained = [trained_as or {}, *configs.values()]
-    is_residual = any(config.get("peft_type") == PEFT_TYPE_NAME for config in trained)
+    is_residual = any(config.get("peft_type") == PEFT_TYPE for config in trained)
     _update_metadata(card.data, next(iter(configs.values())), [*([TAG] if is_residual else []), *tags])
     text = "" if _is_template(card.text) else card.text
     # A card of an export says what was trained; the export's own config does not.
@@ -179,7 +180,7 @@ def _describe(configs: Mapping[str, Values], trained_as: Values | None) -> str:
         base = f"[{name}](https://huggingface.co/{name})"
     else:
         base = "a base model that is not named" if not name else f"a base model in a local folder, `{Path(name).name}`"
-    trained = next((c for c in (config, trained_as or {}) if c.get("peft_type") == PEFT_TYPE_NAME), None)
+    trained = next((c for c in (config, trained_as or {}) if c.get("peft_type") == PEFT_TYPE), None)
     network = "NONE" if trained is None else str(trained.get("encoder_reparameterization_type"))
     method = _METHODS_BY_NETWORK.get(network, "[Residual Prompt Tuning](https://arxiv.org/abs/2305.03937)")
     parts = [
@@ -212,7 +213,7 @@ def _how_to_load(configs: Mapping[str, Values]) -> str:
         head[-2] += "  # with as many labels as in training: `num_labels`"
     load = f"model = PeftModel.from_pretrained(base, adapter{where})"
     others = [f"model.load_adapter(adapter, {_literal(key)}, subfolder={_literal(key)})" for key in list(configs)[1:]]
-    if all(c.get("peft_type") != PEFT_TYPE_NAME for c in configs.values()):
+    if all(c.get("peft_type") != PEFT_TYPE for c in configs.values()):
         return "With [PEFT](https://huggingface.co/docs/peft) alone:\n\n" + _code(
             "from peft import PeftModel", *head, load, *others
         )

@@ -1,0 +1,145 @@
+"""PEFT's class for causal language models, and its cache of the prompt's keys and values."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import peft
+import torch
+
+from .base import ResidualPeftModel
+from .generation import can_continue_from_cache, count_new_tokens
+from .inputs import (
+    Inputs,
+    accepts_position_ids,
+    extend_mask,
+    extend_positions,
+    padding_first,
+    positions_of,
+    reorder,
+    text_of,
+)
+from .mixed_batch import BatchPrompt
+from .prompt_cache import PromptCache
+
+
+class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
+    """Causal language models: logits cover prompt and text, and padding changes nothing."""
+
+    has_token_labels = True
+    _prompt_cache: PromptCache | None = None
+
+    def enable_prompt_cache(self) -> None:
+        """Compute the active prompt's keys and values once, and reuse them for every batch.
+
+        They are used without gradients, in eval mode, by `generate` (but not with beams or other types of cache) and
+        by a `forward` that asks only for logits of the text (`logits_to_keep`). Outputs are the same. When the prompt
+        or the base model changes, they are recomputed.
+
+        Raises:
+            ValueError: If the base model is bidirectional.
+        """
+        if not self.is_decoder_only():
+            raise ValueError(
+                f"Only a causal model can cache its prompt, and {self.base_model_type!r} is bidirectional. Use the "
+                "model without the cache."
+            )
+        self._prompt_cache = PromptCache()
+
+    def disable_prompt_cache(self) -> None:
+        """Drop the prompt's keys and values; every batch computes them again."""
+        self._prompt_cache = None
+
+    def continue_from_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs | None:
+        """Inputs `[B, P + L]` with the prompt's keys and values in `past_key_values`; None if they cannot be used."""
+        mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
+        if self._prompt_cache is None or self.training or torch.is_grad_enabled() or not prompt.is_shared:
+            return None
+        if inputs.get("past_key_values") is not None or inputs.get("position_ids") is not None:
+            return None
+        embeds = self.word_embeddings(inputs["input_ids"]) if embeds is None else embeds
+        cache = self._prompt_cache.for_batch(self.base_model, prompt.embeds[0], embeds.shape[0])
+        # Padding between prompt and text would push the prompt out of a sliding window.
+        if cache is None or (any(cache.is_sliding) and mask is not None and not mask.all()):
+            return None
+        if mask is None:
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
+        return {
+            **{name: value for name, value in inputs.items() if name != "input_ids"},
+            "inputs_embeds": torch.cat([prompt.embeds.to(embeds), embeds], dim=1),
+            "attention_mask": extend_mask(mask, prompt),
+            "past_key_values": cache,
+        }
+
+    def is_decoder_only(self) -> bool:
+        """True for all model types, also unknown ones, except those of bidirectional models with a causal head."""
+        from transformers.models.auto import modeling_auto
+
+        return self.base_model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
+        """As for all tasks. In a row without a prompt nothing predicts the first token: it gets no label."""
+        inputs = super().prepend_prompt(prompt, inputs)
+        if prompt.lengths is not None and inputs.get("labels") is not None:
+            is_first = inputs["attention_mask"].cumsum(-1) == 1
+            inputs["labels"] = inputs["labels"].masked_fill(is_first & (prompt.lengths == 0).unsqueeze(1), -100)
+        return inputs
+
+    def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
+        """Run the base model. `past_key_values` that are not empty already contain the prompt."""
+        cache = inputs.get("past_key_values")
+        if cache is not None and cache.get_seq_length() > 0:
+            return self.base_model(**self._after_cache(prompt, inputs))
+        cached = self.continue_from_prompt(prompt, inputs) if _needs_only_the_text(inputs) else None
+        if cached is None:
+            return super().prompted_forward(prompt, inputs)
+        length = prompt.embeds.shape[1]
+        cached["inputs_embeds"] = cached["inputs_embeds"][:, length:]
+        if accepts_position_ids(self.base_model):
+            cached["position_ids"] = positions_of(cached["attention_mask"])[:, length:]
+        return self.base_model(**cached)
+
+    def _after_cache(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
+        inputs, length = dict(inputs), prompt.embeds.shape[1]
+        position_ids, mask = inputs.pop("position_ids", None), inputs.get("attention_mask")
+        if mask is not None:
+            order = padding_first(self.padding_to_move(mask), length)
+            inputs["attention_mask"] = reorder(extend_mask(mask, prompt), order)
+            if position_ids is None and accepts_position_ids(self.base_model):
+                inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -text_of(inputs).shape[1] :]
+        if position_ids is not None:
+            inputs["position_ids"] = extend_positions(position_ids, prompt)[:, length:]
+        return inputs
+
+    def prompted_generate(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
+        """Generate from prompt and text. The returned ids and the requested lengths refer to the text only."""
+        input_ids = inputs["input_ids"]
+        if inputs.pop("position_ids", None) is not None:
+            warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
+        cached = None
+        if can_continue_from_cache(inputs, self.base_model):
+            with torch.no_grad():  # as transformers' `generate`
+                cached = self.continue_from_prompt(prompt, inputs)
+        if cached is not None:
+            count_new_tokens(cached, self.base_model, input_ids.shape[1])
+            return self.base_model.generate(input_ids=input_ids, **cached)
+        prompted = self.prepend_prompt(prompt, inputs)
+        prompted.pop("position_ids", None)  # transformers computes them from the mask, at every step
+        # Drop padding that all rows share: assisted decoding, which takes one row, fails with any.
+        unused = int(prompted["attention_mask"].any(dim=0).long().argmax())
+        for name in ("attention_mask", "inputs_embeds"):
+            prompted[name] = prompted[name][:, unused:]
+        count_new_tokens(prompted, self.base_model, input_ids.shape[1])
+        return self.base_model.generate(input_ids=input_ids, **prompted)
+
+
+def _needs_only_the_text(inputs: Inputs) -> bool:
+    """Whether a forward pass asks for no output that includes the prompt's own positions."""
+    kept = inputs.get("logits_to_keep")
+    others = ("labels", "output_hidden_states", "output_attentions")
+    return (
+        isinstance(kept, int)
+        and 0 < kept <= text_of(inputs).shape[1]
+        and not any(inputs.get(name) is not None for name in others)
+    )
