@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from types import UnionType
@@ -194,13 +195,18 @@ def check_types(config_class: type, values: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If a value has another type than its field.
     """
-    hints = get_type_hints(config_class)
+    hints = _type_hints(config_class)
     for config_field in fields(config_class):
         name, hint = config_field.name, hints[config_field.name]
         if name not in values or (values[name] is None and config_field.default is None):
             continue
         if not _has_type(values[name], hint):
             raise ValueError(f"`{name}` must be of type {_type_name(hint)}, got {values[name]!r}.")
+
+
+@functools.cache
+def _type_hints(config_class: type) -> dict[str, Any]:
+    return get_type_hints(config_class)
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -97,7 +97,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
         encoder = cls.__new__(cls)
         encoder._assemble(config, embedding, network)
         encoder.requires_grad_(False).eval()
-        check_projection(config, projected, encoder.project_state(state))
+        with torch.no_grad():
+            check_projection(config, projected, encoder.project())
         encoder._remember(projected.to("cpu", copy=True))
         return encoder
 
@@ -334,6 +335,8 @@ def check_projection(config: ResidualPromptTuningConfig, projected: Tensor, reco
 
 
 def _is_same_projection(projected: Tensor, recomputed: Tensor) -> bool:
+    if torch.equal(projected, recomputed):
+        return True
     if projected.shape != recomputed.shape:
         return False
     tolerance = 1e-3 * float(projected.abs().nan_to_num(posinf=0).max())
