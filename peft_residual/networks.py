@@ -25,7 +25,7 @@ Builder = Callable[[ResidualPromptTuningConfig], nn.Module]
 _ATTENTION = ("encoder_num_attention_heads",)
 _HIDDEN_LAYER = ("encoder_hidden_size", "encoder_activation")
 _MLP_OPTIONS = ("encoder_norm_first", "encoder_zero_init")
-_COMMON_OPTIONS = ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout")
+_LAYER_OPTIONS = ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout")
 
 
 def register_reparameterization(
@@ -254,7 +254,7 @@ class Transformer(nn.Module):
 
 @register_reparameterization(
     "SUPERPOS",
-    unused_fields=("encoder_activation", *_ATTENTION, *_MLP_OPTIONS, *_COMMON_OPTIONS),
+    unused_fields=("encoder_activation", *_ATTENTION, *_MLP_OPTIONS, *_LAYER_OPTIONS),
     mixes_vocabulary=True,
 )
 class Superposition(nn.Module):
@@ -275,7 +275,7 @@ class Superposition(nn.Module):
         return weights @ self.rows
 
 
-@register_reparameterization("NONE", unused_fields=_ATTENTION + _HIDDEN_LAYER + _MLP_OPTIONS + _COMMON_OPTIONS)
+@register_reparameterization("NONE", unused_fields=_ATTENTION + _HIDDEN_LAYER + _MLP_OPTIONS + _LAYER_OPTIONS)
 def build_none(config: ResidualPromptTuningConfig) -> nn.Module:
     """No network: plain prompt tuning."""
     return nn.Identity()

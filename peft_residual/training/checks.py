@@ -90,7 +90,7 @@ def check_training_setup(
         *_check_dropout(model),
         *_check_tokenizer(model, args, tokenizer),
         *_check_arguments(args),
-        *_check_length(model, encoder, tokenizer, max_length),
+        *_check_length(model, tokenizer, max_length),
     ]
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
 
@@ -235,9 +235,7 @@ def _check_tokenizer(model: ResidualPeftModel, args: Any, tokenizer: Any) -> Ite
 def _check_arguments(args: Any) -> Iterator[Finding]:
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name, False):
-            message = (
-                "Evaluation outside of training casts the model for good: a later save rounds prompt and network."
-            )
+            message = "Evaluation outside of training casts the model for good, so later saves are rounded."
             remedy = f"Leave `{name}` off and load the base model in that dtype instead: the prompt stays in float32."
             yield Finding("warning", name, message, remedy)
     for name in ("packing", "eval_packing", "padding_free"):
@@ -246,13 +244,11 @@ def _check_arguments(args: Any) -> Iterator[Finding]:
             yield Finding("error", name, message, f"Set `{name}=False`.")
 
 
-def _check_length(
-    model: ResidualPeftModel, encoder: ResidualPromptEncoder, tokenizer: Any, max_length: int | None
-) -> Iterator[Finding]:
+def _check_length(model: ResidualPeftModel, tokenizer: Any, max_length: int | None) -> Iterator[Finding]:
     config = getattr(model.base_model.config, "get_text_config", lambda: model.base_model.config)()
     positions = getattr(config, "max_position_embeddings", None)
     length = max_length or getattr(tokenizer, "model_max_length", None)
-    prompt = encoder.config.num_virtual_tokens
+    prompt = model.prompt_encoder[model.active_adapter].config.num_virtual_tokens
     if not positions or positions < 0 or not length or length > 1e9:
         return  # relative positions, or no known length: `model_max_length` is then about 1e30
     if length + prompt > positions:

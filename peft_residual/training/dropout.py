@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 from peft import PeftModel
 from torch import nn
 
 
-class BaseDropoutOff:
+class BaseDropoutOff(ExitStack):
     """Keeps the base model's dropout disabled until [`undo`] is called or the `with` block ends.
 
     Returned by [`disable_base_dropout`].
     """
 
-    def __init__(self, changed: list[tuple[nn.Module, str, float]]) -> None:
-        self._changed = changed
-
     def undo(self) -> None:
         """Restore all dropout probabilities."""
-        for module, attribute, probability in self._changed:
-            setattr(module, attribute, probability)
-        self._changed = []
-
-    def __enter__(self) -> BaseDropoutOff:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.undo()
+        self.close()
 
 
 def disable_base_dropout(model: PeftModel) -> BaseDropoutOff:
@@ -49,10 +39,11 @@ def disable_base_dropout(model: PeftModel) -> BaseDropoutOff:
     """
     if not isinstance(model, PeftModel):
         raise ValueError(f"`model` must be a PeftModel, got {type(model).__name__}. Unwrap it first.")
-    active = list(active_dropout(model))
-    for module, attribute, _ in active:
+    disabled = BaseDropoutOff()
+    for module, attribute, probability in list(active_dropout(model)):
         setattr(module, attribute, 0.0)
-    return BaseDropoutOff(active)
+        disabled.callback(setattr, module, attribute, probability)
+    return disabled
 
 
 def active_dropout(model: PeftModel) -> Iterator[tuple[nn.Module, str, float]]:
