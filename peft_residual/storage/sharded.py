@@ -69,7 +69,7 @@ def _wait_for_all_processes() -> None:
         barrier.wait(PATIENCE)
     except RuntimeError as error:
         raise RuntimeError(
-            f"The weights are sharded over {torch.distributed.get_world_size()} processes (FSDP2 or ZeRO-3), which must "
-            f"gather them together, but not all came within {PATIENCE.total_seconds():.0f} seconds. Call this in every "
-            "process, not only in the main one (`save_pretrained(..., is_main_process=...)` lets only one write)."
+            f"The weights are sharded over {torch.distributed.get_world_size()} processes (FSDP2 or ZeRO-3). All "
+            f"must help to gather them, but not all came within {PATIENCE.total_seconds():.0f} seconds. Call this in "
+            "every process, not only in the main one (`save_pretrained(..., is_main_process=...)` has one write)."
         ) from error

@@ -253,5 +253,5 @@ def _check_length(model: ResidualPeftModel, tokenizer: Any, max_length: int | No
         return  # relative positions, or no known length: `model_max_length` is then about 1e30
     if length + prompt > positions:
         message = f"Texts of up to {length} tokens plus a prompt of {prompt} exceed the model's {positions} positions."
-        severity: Literal["error", "warning"] = "error" if max_length else "warning"
-        yield Finding(severity, "max_source_length", message, f"Truncate texts to {positions - prompt} tokens.")
+        remedy = f"Truncate texts to {positions - prompt} tokens."
+        yield Finding("error" if max_length else "warning", "max_source_length", message, remedy)
