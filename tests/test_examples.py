@@ -32,7 +32,7 @@ SCRIPTS = [
     *COPIED,
     "by_feature/base.py",
     "by_feature/two_learning_rates.py",
-    "by_feature/own_network.py",
+    "by_feature/custom_network.py",
     "by_feature/several_adapters.py",
     "by_feature/prompt_transfer.py",
     "by_feature/progressive_prompts.py",
@@ -200,8 +200,8 @@ def test_two_learning_rates_are_set_and_scheduled(smoke):
     )
 
 
-def test_a_network_of_ones_own_is_loaded_by_its_name(smoke):
-    assert "the prompt is the same" in smoke("by_feature/own_network.py")[1]
+def test_a_custom_network_is_loaded_by_its_name(smoke):
+    assert "the prompt is the same" in smoke("by_feature/custom_network.py")[1]
 
 
 def test_several_adapters_score_the_same_once_loaded(smoke):
