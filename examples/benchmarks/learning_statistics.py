@@ -100,7 +100,7 @@ class Measurements:
 def difference(first: dict[str, list[float]], second: dict[str, list[float]]) -> tuple[float, float]:
     """Mean of the paired differences and the half width of their 95 % interval (Student's t over the seeds).
 
-    Pairs have the same task and seed, and therefore the same training rows in the same order. Tasks are averaged first.
+    Pairs have the same task and seed, and therefore the same training rows and order. Tasks are averaged first.
     """
     by_seed = [
         statistics.mean(first[task][seed] - second[task][seed] for task in first)

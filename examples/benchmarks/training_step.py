@@ -1,7 +1,7 @@
 """Measure time and peak memory of a training step, compared to PEFT's prompt tuning, P-tuning and LoRA.
 
-The models have random weights and the size of real ones. All methods use AdamW and the same batch, and take turns. Peak
-memory is measured in a separate process for each method (GPU memory, if a GPU is used).
+The models have random weights and the size of real ones. All methods use AdamW and the same batch, and take turns.
+Peak memory is measured in a separate process for each method (GPU memory, if a GPU is used).
 
     python examples/benchmarks/training_step.py
     python examples/benchmarks/training_step.py --size gpt2-small --dtype bfloat16 --device cuda --compile

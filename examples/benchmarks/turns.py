@@ -45,7 +45,7 @@ class Comparison:
         settings ([`Settings`]): All settings.
         times (`dict[str, list[float]]`): Milliseconds of each turn, by method.
         memory (`dict[str, float]`): Peak memory in MiB, by method, if it was measured.
-        difference (`float`, *optional*): Largest difference between the results of the methods, relative to the largest value.
+        difference (`float`, *optional*): Largest difference between results, relative to the largest value.
     """
 
     title: str
@@ -90,7 +90,7 @@ def _middle_half(values: list[float]) -> tuple[float, float]:
 def take_turns(
     rivals: Mapping[str, Callable[[], object]], settings: Settings, prepare: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Time each method once per turn. Every other turn has the reverse order, so that no method always follows the same one.
+    """Time each method once per turn. Every other turn is reversed, so that no method always follows the same one.
 
     Args:
         rivals (`Mapping[str, Callable]`): The functions to time, by name.
