@@ -1,4 +1,4 @@
-"""What all examples share: settings, checks of what the user passes in, and what they say at their end."""
+"""Shared by `demo.py` and `by_feature/`: arguments, checks of user input, training arguments, metrics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from transformers import HfArgumentParser
 
 @dataclass
 class Arguments:
-    """Settings of every example; each adds its own and changes defaults."""
+    """Arguments of every script; scripts add their own and change defaults."""
 
     model: str = field(default="", metadata={"help": "The frozen model: a folder or a Hub id."})
     num_virtual_tokens: int = field(default=10, metadata={"help": "Prompt length."})
     learning_rate: float = field(default=0.3, metadata={"help": "Learning rate of the prompt."})
     max_steps: int = field(default=1000, metadata={"help": "Training steps."})
     batch_size: int = field(default=32, metadata={"help": "Rows per training step."})
-    seed: int = field(default=0, metadata={"help": "Seed of prompt, network and the order of data."})
-    output_dir: Path = field(default=Path("build/example"), metadata={"help": "Where everything is written."})
+    seed: int = field(default=0, metadata={"help": "Seed of the prompt, its network and the order of rows."})
+    output_dir: Path = field(default=Path("build/example"), metadata={"help": "Output folder."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the output folder of an earlier run."})
-    smoke: bool = field(default=False, metadata={"help": "A tiny model or task and a few steps, without a network."})
+    smoke: bool = field(default=False, metadata={"help": "A few rows and steps, to see that everything runs."})
 
 
 ArgumentsType = TypeVar("ArgumentsType", bound=Arguments)
@@ -34,7 +34,7 @@ _MARK = ".written-by-an-example"
 
 
 def parse(arguments: type[ArgumentsType]) -> ArgumentsType:
-    """Read the command line."""
+    """Parse the command line."""
     (args,) = HfArgumentParser(arguments).parse_args_into_dataclasses()
     if args.smoke:
         args.max_steps, args.batch_size = 4, 8
@@ -42,7 +42,7 @@ def parse(arguments: type[ArgumentsType]) -> ArgumentsType:
 
 
 def make_output_dir(args: Arguments) -> None:
-    """Make the output folder; one that exists is replaced only if asked for, and only if an example wrote it."""
+    """Create the output folder. An existing one is only replaced with `--overwrite`, and if an example wrote it."""
     folder = args.output_dir
     if folder.exists() and not args.overwrite:
         sys.exit(f"--output_dir {folder} exists. Choose another folder, or pass --overwrite.")
@@ -54,38 +54,17 @@ def make_output_dir(args: Arguments) -> None:
 
 
 def check_columns(data: DatasetDict, columns: Sequence[str]) -> None:
-    """Refuse splits that are empty or lack a column."""
+    """Stop if a split is empty or lacks a column."""
     for name, split in data.items():
         for column in columns:
             if column not in split.column_names:
-                sys.exit(
-                    f"Split {name!r} has no column {column!r}, it has {split.column_names}. Name the right ones, see "
-                    "--help."
-                )
+                sys.exit(f"Split {name!r} has no column {column!r}, it has {split.column_names}.")
         if len(split) == 0:
-            sys.exit(f"Split {name!r} is empty. Use another data set or another seed for its splits.")
-
-
-def label_names(data: DatasetDict, column: str, given: list[str] | None) -> list[str]:
-    """The names of the classes, as given or from the data set; refuses rows with a label that has no name."""
-    feature: Any = data["train"].features[column]
-    feature = getattr(feature, "feature", feature)  # of each item, where a row has a list of labels
-    names = given or getattr(feature, "names", None)
-    if not names:
-        sys.exit(f"Column {column!r} does not say what its labels are called. Pass --label_names, one per class.")
-    for name, split in data.items():
-        for row, labels in enumerate(split[column]):
-            for label in labels if isinstance(labels, list) else [labels]:
-                if label not in range(len(names)):
-                    sys.exit(
-                        f"Row {row} of split {name!r} has label {label!r}, expected 0 to {len(names) - 1}: {names}. "
-                        "A label of -1 is a hidden one: use another split. Else pass --label_names, one per class."
-                    )
-    return names
+            sys.exit(f"Split {name!r} is empty. Use another data set.")
 
 
 def room_for_text(tokenizer: Any, args: Arguments) -> int:
-    """How many tokens a text may have, so that the prompt in front of it still fits into the model."""
+    """Return the maximum number of tokens of a text, so that the prompt fits into the model too."""
     longest = min(tokenizer.model_max_length, 512)
     if args.num_virtual_tokens >= longest // 2:
         sys.exit(f"--num_virtual_tokens {args.num_virtual_tokens} leaves no room for text in {longest} tokens.")
@@ -93,7 +72,7 @@ def room_for_text(tokenizer: Any, args: Arguments) -> int:
 
 
 def training_arguments(args: Arguments) -> dict[str, Any]:
-    """What all trainers are told, and what differs from the Trainer's defaults."""
+    """Return the training arguments that differ from the Trainer's defaults."""
     every = max(1, args.max_steps // 5)
     return {
         "output_dir": str(args.output_dir / "trainer"),
@@ -115,13 +94,13 @@ def training_arguments(args: Arguments) -> dict[str, Any]:
 
 
 def decode(tokenizer: Any, ids: Any) -> list[str]:
-    """Texts of rows of ids, in which -100 stands for padding."""
+    """Decode rows of token ids, in which -100 stands for padding."""
     ids = [[token if token >= 0 else tokenizer.pad_token_id for token in row] for row in ids.tolist()]
     return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
 def exact_match(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
-    """The metric: the share of rows whose generated text is the label."""
+    """Return a metric function: the share of rows whose generated text equals the label."""
 
     def compute(prediction: Any) -> dict[str, float]:
         texts = decode(tokenizer, prediction.predictions), decode(tokenizer, prediction.label_ids)
@@ -131,8 +110,8 @@ def exact_match(tokenizer: Any) -> Callable[[Any], dict[str, float]]:
 
 
 def print_saved(adapter: Path, merged: Path, base: str) -> None:
-    """Say what was saved, and how to load it; `base` is the expression that loads the frozen model."""
+    """Print what was saved and the code that loads it; `base` is the expression that loads the frozen model."""
     kilobytes = (merged / "adapter_model.safetensors").stat().st_size / 1024
     print(f"\nadapter to train on: {adapter}")
-    print(f"merged: {merged} ({kilobytes:.1f} KB), loads with stock PEFT:")
+    print(f"merged: {merged} ({kilobytes:.1f} KB). To load it with PEFT alone:")
     print(f"    model = PeftModel.from_pretrained({base}, {str(merged)!r})")

@@ -1,8 +1,9 @@
-"""The whole way of a residual prompt: train, interrupt, resume, evaluate, merge, and reload without this package.
+"""Train a residual prompt, interrupt, resume, evaluate, merge it, and reload it without this package.
 
-    python examples/demo.py                     # the embedded model and task: 3 minutes on 2 CPU cores, no network
+    python examples/demo.py                     # the embedded model and task: 3 minutes on 2 CPU cores, offline
 
-Plain prompt tuning gets the same model, data, steps and batch. The same script takes a real model and data set:
+Plain prompt tuning is trained for comparison, with the same model, data, steps and batches. The script also takes a
+real model and data set:
 
     python examples/demo.py --model google/t5-v1_1-base --dataset nyu-mll/glue --subset sst2 \\
         --text_column sentence --label_words negative positive --max_steps 2000 --learning_rate 0.3
@@ -37,7 +38,7 @@ from peft_residual import ResidualPromptTuningConfig, save_as_prompt_tuning
 
 @dataclass
 class DemoArguments(Arguments):
-    """What to train on what; both methods get the same."""
+    """What to train, and on which data; both methods use the same."""
 
     model: str = field(default=str(MODEL), metadata={"help": "Encoder-decoder model: a folder or a Hub id."})
     dataset: str = field(
@@ -45,13 +46,13 @@ class DemoArguments(Arguments):
     )
     subset: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
     text_column: str = field(default="text", metadata={"help": "Column with the input text."})
-    label_words: list[str] | None = field(default=None, metadata={"help": "A word per class, where labels are ids."})
+    label_words: list[str] | None = field(default=None, metadata={"help": "A word for each class, if labels are ids."})
     max_steps: int = field(default=300, metadata={"help": "Training steps."})
-    output_dir: Path = field(default=Path("build/demo"), metadata={"help": "Where everything is written."})
+    output_dir: Path = field(default=Path("build/demo"), metadata={"help": "Output folder."})
 
 
 class Interrupt(TrainerCallback):
-    """Stops at the first checkpoint of the second half."""
+    """Stop at the first checkpoint in the second half of the training."""
 
     def on_save(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= args.max_steps // 2
@@ -62,7 +63,8 @@ def load_data(args: DemoArguments, tokenizer) -> DatasetDict:
         data = load_task(args.dataset, seed=args.seed)
     else:
         data = load_dataset(args.dataset, args.subset)
-        halves = data["validation"].train_test_split(0.5, seed=args.seed)  # hidden test labels: report on one half
+        # The test labels are hidden: one half of the validation split is used for testing.
+        halves = data["validation"].train_test_split(0.5, seed=args.seed)
         data = DatasetDict(train=data["train"], validation=halves["train"], test=halves["test"])
     if not args.label_words and not isinstance(data["train"][0]["label"], str):
         sys.exit(f"--dataset {args.dataset} has class ids as labels. Give a word for each: --label_words no yes")
@@ -104,7 +106,7 @@ def make_trainer(args: DemoArguments, name: str, config, data: DatasetDict, toke
     )
 
 
-# Runs in a process of its own, with stock PEFT only.
+# Runs in a separate process, without this package.
 RELOAD = """
 import json, sys, torch
 from peft import PeftModel
@@ -141,8 +143,12 @@ def main() -> None:
     args = parse(DemoArguments)
     make_output_dir(args)
     transformers.logging.set_verbosity_error()
+
+    # Data
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_data(args, tokenizer)
+
+    # Config
     configs = {
         "prompt tuning": lambda: PromptTuningConfig(
             task_type="SEQ_2_SEQ_LM",
@@ -157,6 +163,8 @@ def main() -> None:
             prompt_tuning_init_seed=args.seed,
         ),
     }
+
+    # Model, train, evaluate
     rows, curves = [], {}
     for name, make_config in configs.items():
         print(f"\n== {name} ==", flush=True)
@@ -164,7 +172,7 @@ def main() -> None:
         start = time.perf_counter()
         if name == "residual":
             make_trainer(args, name, make_config(), data, tokenizer, [Interrupt()]).train()
-            print("Interrupted. A new model and a new trainer go on from the last checkpoint.", flush=True)
+            print("Interrupted. A new model and a new Trainer resume from the last checkpoint.", flush=True)
         trainer = make_trainer(args, name, make_config(), data, tokenizer)
         trainer.train(resume_from_checkpoint=name == "residual")
         seconds = time.perf_counter() - start
@@ -172,6 +180,7 @@ def main() -> None:
         test = trainer.predict(data["test"])
         rows.append((name, trainer.model.get_nb_trainable_parameters()[0], seconds, test.metrics["test_exact_match"]))
 
+    # Save, reload
     merged = args.output_dir / "merged"
     save_as_prompt_tuning(trainer.model, merged)
     same = predictions_of_merged(args, merged, trainer, data["test"]) == decode(tokenizer, test.predictions)
@@ -181,7 +190,7 @@ def main() -> None:
     for name, trained, seconds, accuracy in rows:
         print(f"{name:15} {trained:>10,} {seconds:>8.0f} {accuracy:>17.1%}")
     size = (merged / "adapter_model.safetensors").stat().st_size
-    print(f"\nmerged adapter: {merged} ({size / 1024:.1f} KB), loads with stock PEFT")
+    print(f"\nmerged adapter: {merged} ({size / 1024:.1f} KB), loads with PEFT alone")
     print(f"predictions of the merged adapter in a process without peft_residual: {'same' if same else 'DIFFERENT'}")
     print(f"curves: {args.output_dir / 'curves.png'}")
     if not same:

@@ -1,11 +1,18 @@
-"""Tiny models, a tokenizer and rows for `--smoke`: made on the spot, random weights, no network.
+"""Run an example in seconds and offline, with a tiny model of random weights and a few generated rows.
 
-They have the file layout and the columns of the real ones, so that an example does not know the difference.
+    python examples/smoke.py causal_lm.py --output_dir build/smoke
+
+Models and data sets are saved in the layout and with the columns of the real ones. Options after the script's name are
+passed on to it.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -37,7 +44,7 @@ SIZES = {
 
 
 def _tokenizer(folder: Path, **options) -> int:
-    """Save a word-piece tokenizer and return its size; "works" is two pieces."""
+    """Save a WordPiece tokenizer and return its size. "works" has two tokens."""
     lists = [GOOD, BAD, THINGS, TOPICS, *TOPICS.values(), " ".join(PEOPLE + FIRMS + PLACES).split()]
     vocabulary = dict.fromkeys([*SPECIAL, *WORDS, *(word for words in lists for word in words)])
     backend = Tokenizer(models.WordPiece({word: i for i, word in enumerate(vocabulary)}, unk_token="[UNK]"))
@@ -59,7 +66,7 @@ def _tokenizer(folder: Path, **options) -> int:
 
 
 def tiny_bert(folder: Path) -> str:
-    """Save a BERT without a head, and its tokenizer; return the folder."""
+    """Save a BERT without a head and its tokenizer, and return the folder."""
     size = _tokenizer(folder, cls_token="[CLS]", sep_token="[SEP]")
     torch.manual_seed(0)
     BertModel(BertConfig(vocab_size=size, **SIZES)).save_pretrained(folder)
@@ -67,7 +74,7 @@ def tiny_bert(folder: Path) -> str:
 
 
 def tiny_llama(folder: Path) -> str:
-    """Save a Llama and its tokenizer; return the folder."""
+    """Save a Llama and its tokenizer, and return the folder."""
     size = _tokenizer(folder, eos_token="[SEP]")
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=size, bos_token_id=None, eos_token_id=3, num_key_value_heads=1, **SIZES)
@@ -84,7 +91,7 @@ def _splits(make_row, features: Features) -> DatasetDict:
 
 
 def reviews() -> DatasetDict:
-    """Columns sentence and label, as SST-2."""
+    """Rows with the columns of SST-2: sentence, label."""
 
     def row(rng: random.Random) -> dict:
         label = rng.randrange(2)
@@ -94,7 +101,7 @@ def reviews() -> DatasetDict:
 
 
 def news() -> DatasetDict:
-    """Columns text and label, as AG News."""
+    """Rows with the columns of AG News: text, label."""
 
     def row(rng: random.Random) -> dict:
         label = rng.randrange(len(TOPICS))
@@ -105,7 +112,7 @@ def news() -> DatasetDict:
 
 
 def named_entities() -> DatasetDict:
-    """Columns tokens and ner_tags, as CoNLL-2003."""
+    """Rows with the columns of CoNLL-2003: tokens, ner_tags."""
     names = ["O", "B-PER", "I-PER", "B-ORG", "I-ORG", "B-LOC", "I-LOC"]
 
     def row(rng: random.Random) -> dict:
@@ -118,3 +125,34 @@ def named_entities() -> DatasetDict:
         return {"tokens": tokens, "ner_tags": tags}
 
     return _splits(row, Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}))
+
+
+# For each script: its model, its rows and its options.
+SCRIPTS = {
+    "sequence_classification.py": (tiny_bert, reviews, ["--subset", "default"]),
+    "token_classification.py": (tiny_bert, named_entities, []),
+    "causal_lm.py": (tiny_llama, news, []),
+    "sft.py": (tiny_llama, news, []),
+}
+
+
+def options(script: str, folder: Path) -> list[str]:
+    """Save a tiny model and a few rows for a script to a folder, and return the options to use them."""
+    save_model, make_rows, more = SCRIPTS[script]
+    model = save_model(folder / "model")
+    for split, rows in make_rows().items():
+        rows.to_parquet(folder / "data" / f"{split}.parquet")
+    return ["--model", model, "--dataset", str(folder / "data"), "--max_steps", "4", "--batch_size", "8", *more]
+
+
+def main() -> None:
+    script, *given = sys.argv[1:] or [""]
+    if script not in SCRIPTS:
+        sys.exit(f"There is no script {script!r} to run. Name one of {', '.join(SCRIPTS)}; its options may follow.")
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(Path(__file__).parent / script), *options(script, Path(folder)), *given]
+        sys.exit(subprocess.run(command, env={**os.environ, "HF_HUB_OFFLINE": "1"}).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,28 +1,18 @@
-"""Token classification with BERT: which words name a person, an organisation, a place.
+"""Token classification with BERT: which words name a person, an organization or a place.
 
-python examples/token_classification.py              # CoNLL-2003; downloads model and data
-python examples/token_classification.py --smoke      # tiny, offline
+python examples/token_classification.py             # CoNLL-2003; downloads model and data
+python examples/smoke.py token_classification.py    # a tiny model and a few rows, offline
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import smoke
-from common import (
-    Arguments,
-    check_columns,
-    label_names,
-    make_output_dir,
-    parse,
-    print_saved,
-    room_for_text,
-    training_arguments,
-)
-from datasets import load_dataset
-from peft import get_peft_model
+import torch
+from datasets import DatasetDict, load_dataset
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
@@ -41,33 +31,55 @@ from peft_residual import (
 from peft_residual.initialization import most_common_token_ids
 
 
-@dataclass
-class TaggingArguments(Arguments):
-    """What to train on what."""
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="google-bert/bert-base-uncased", help="a folder or a Hub id")
+    parser.add_argument("--dataset", default="tomaarsen/conll2003", help="a folder with a file per split, or a Hub id")
+    parser.add_argument("--words_column", default="tokens", help="column with the list of words")
+    parser.add_argument("--tags_column", default="ner_tags", help="column with the list of tag ids")
+    parser.add_argument("--label_names", nargs="+", help="names of the tags, if the data set has none")
+    parser.add_argument("--num_virtual_tokens", type=int, default=10, help="prompt length")
+    parser.add_argument("--learning_rate", type=float, default=0.03, help="of the prompt and its network")
+    parser.add_argument("--head_learning_rate", type=float, default=1e-3, help="of the classification head")
+    parser.add_argument("--max_steps", type=int, default=1000, help="training steps")
+    parser.add_argument("--batch_size", type=int, default=32, help="rows per training step")
+    parser.add_argument("--seed", type=int, default=0, help="of the prompt, its network and the order of rows")
+    parser.add_argument("--output_dir", type=Path, default=Path("build/token_classification"), help="output folder")
+    return parser.parse_args()
 
-    model: str = field(default="google-bert/bert-base-uncased", metadata={"help": "A folder or a Hub id."})
-    dataset: str = field(
-        default="tomaarsen/conll2003", metadata={"help": "A folder with a file per split, or a Hub id."}
-    )
-    words_column: str = field(default="tokens", metadata={"help": "Column with the list of words."})
-    tags_column: str = field(default="ner_tags", metadata={"help": "Column with the list of tag ids."})
-    label_names: list[str] | None = field(default=None, metadata={"help": "Names of the tags, if the data has none."})
-    learning_rate: float = field(default=0.03, metadata={"help": "Learning rate of prompt and network."})
-    head_learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate of the head."})
-    output_dir: Path = field(default=Path("build/token_classification"), metadata={"help": "Output folder."})
+
+def check_columns(data: DatasetDict, columns: list[str]) -> None:
+    """Stop if a split lacks a column."""
+    for split, rows in data.items():
+        for column in columns:
+            if column not in rows.column_names:
+                sys.exit(f"Split {split!r} has no column {column!r}, it has {rows.column_names}. See --help.")
+
+
+def label_names(data: DatasetDict, column: str, given: list[str] | None) -> list[str]:
+    """Return the names of the tags, given or from the data set. Stop if a row has a tag without a name."""
+    names = given or getattr(data["train"].features[column].feature, "names", None)
+    if not names:
+        sys.exit(f"Column {column!r} has no names for its tags. Pass --label_names, one per tag.")
+    for split, rows in data.items():
+        for row, tags in enumerate(rows[column]):
+            if not set(tags) <= set(range(len(names))):
+                known = f"expected 0 to {len(names) - 1}: {names}"
+                sys.exit(f"Row {row} of split {split!r} has tags {tags}, {known}. Pass --label_names, one per tag.")
+    return names
 
 
 def at_first_pieces(tags: list[int], words: list[int | None]) -> list[int]:
-    """The tag of each word at its first piece; -100 (not counted) at other pieces and special tokens.
+    """Put the tag of each word at its first token; other tokens and special tokens get -100, which is ignored.
 
-    `words` says of each piece which word it belongs to, None for special tokens.
+    `words` has the index of the word that each token belongs to, None for special tokens.
     """
     before = [None, *words]
     return [tags[word] if word is not None and word != before[i] else -100 for i, word in enumerate(words)]
 
 
 def entities(tags: list[str]) -> set[tuple[int, int, str]]:
-    """Start, end and kind of each entity in a row of tags such as B-PER, I-PER, O."""
+    """Find the entities in a row of tags such as B-PER, I-PER, O: start, end and type of each."""
     found, start = set(), None
     for i, tag in enumerate([*tags, "O"]):
         if start is not None and tag != f"I-{tags[start][2:]}":
@@ -79,38 +91,40 @@ def entities(tags: list[str]) -> set[tuple[int, int, str]]:
 
 
 def entity_f1(prediction, names: list[str]) -> dict[str, float]:
-    """F1 over whole entities: start, end and kind must be right."""
-    right = guessed = true = 0
+    """Compute the F1 score over entities: start, end and type must be correct."""
+    correct = predicted = true = 0
     for logits, labels in zip(prediction.predictions, prediction.label_ids, strict=True):
         counted = labels != -100
         gold = entities([names[i] for i in labels[counted]])
-        guess = entities([names[i] for i in logits.argmax(-1)[counted]])
-        right, guessed, true = right + len(gold & guess), guessed + len(guess), true + len(gold)
-    return {"f1": 2 * right / max(1, guessed + true)}
+        found = entities([names[i] for i in logits.argmax(-1)[counted]])
+        correct, predicted, true = correct + len(gold & found), predicted + len(found), true + len(gold)
+    return {"f1": 2 * correct / max(1, predicted + true)}
 
 
 def main() -> None:
-    args = parse(TaggingArguments)
-    make_output_dir(args)
-    if args.smoke:
-        args.model = smoke.tiny_bert(args.output_dir / "tiny-model")
+    args = parse_args()
+    if args.output_dir.exists():
+        sys.exit(f"--output_dir {args.output_dir} exists. Choose another folder.")
 
     # Data
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    if not tokenizer.is_fast:
-        sys.exit(f"The tokenizer of --model {args.model} does not say which word a piece is of. Use a fast one.")
-    data = smoke.named_entities() if args.smoke else load_dataset(args.dataset)
+    longest = min(tokenizer.model_max_length, 512)
+    max_length = longest - args.num_virtual_tokens  # of a text, so that the prompt still fits
+    if args.num_virtual_tokens >= longest // 2:
+        sys.exit(f"--num_virtual_tokens {args.num_virtual_tokens} leaves no room for text in {longest} tokens.")
+    data = load_dataset(args.dataset)
     check_columns(data, [args.words_column, args.tags_column])
     names = label_names(data, args.tags_column, args.label_names)
-    common = most_common_token_ids(map(" ".join, data["train"][:10_000][args.words_column]), tokenizer)
+    # BERT's token ids are not sorted by frequency, so the most common tokens are counted.
+    common_ids = most_common_token_ids(map(" ".join, data["train"][:10_000][args.words_column]), tokenizer)
 
     def tokenize(rows):
-        length = room_for_text(tokenizer, args)
-        inputs = tokenizer(rows[args.words_column], is_split_into_words=True, truncation=True, max_length=length)
+        inputs = tokenizer(rows[args.words_column], is_split_into_words=True, truncation=True, max_length=max_length)
         labels = [at_first_pieces(tags, inputs.word_ids(i)) for i, tags in enumerate(rows[args.tags_column])]
         return {**inputs, "labels": labels}
 
     data = data.map(tokenize, batched=True, remove_columns=data["train"].column_names)
+    collator = DataCollatorForTokenClassification(tokenizer)
 
     # Model
     base = AutoModelForTokenClassification.from_pretrained(
@@ -119,10 +133,10 @@ def main() -> None:
 
     # Config
     config = ResidualPromptTuningConfig(
-        task_type="TOKEN_CLS",  # PEFT trains and saves the classifier too
+        task_type="TOKEN_CLS",  # PEFT also trains and saves the classification head
         num_virtual_tokens=args.num_virtual_tokens,
-        tokenizer_name_or_path=args.model,
-        prompt_tuning_init_token_ids=common,
+        tokenizer_name_or_path=args.model,  # its special and unused tokens are left out of the initialization
+        prompt_tuning_init_token_ids=common_ids,
         prompt_tuning_init_seed=args.seed,
     )
     model = get_peft_model(base, config)
@@ -130,32 +144,56 @@ def main() -> None:
     model.print_trainable_parameters()
 
     # Train
+    training_args = TrainingArguments(
+        output_dir=str(args.output_dir / "trainer"),
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=4 * args.batch_size,
+        lr_scheduler_type="constant",
+        eval_strategy="steps",
+        eval_steps=0.2,  # of all steps
+        save_steps=0.2,
+        save_total_limit=2,
+        logging_steps=0.2,
+        load_best_model_at_end=True,
+        metric_for_best_model="f1",
+        seed=args.seed,
+        report_to=[],
+    )
+    rates = {"learning_rate": args.learning_rate, "modules_to_save_learning_rate": args.head_learning_rate}
     trainer = Trainer(
         model,
-        TrainingArguments(**training_arguments(args), metric_for_best_model="f1"),
+        training_args,
         train_dataset=data["train"],
         eval_dataset=data["validation"],
-        data_collator=DataCollatorForTokenClassification(tokenizer),
+        data_collator=collator,
         compute_metrics=lambda prediction: entity_f1(prediction, names),
-        callbacks=[TrainingSetupCallback(room_for_text(tokenizer, args))],
-        optimizer_cls_and_kwargs=(
-            ResidualOptimizerFactory,
-            {"learning_rate": args.learning_rate, "modules_to_save_learning_rate": args.head_learning_rate},
-        ),
+        callbacks=[TrainingSetupCallback(max_length)],
+        optimizer_cls_and_kwargs=(ResidualOptimizerFactory, rates),
     )
     trainer.train()
 
     # Evaluate
     print(f"\ntest F1 over entities: {trainer.evaluate(data['test'])['eval_f1']:.1%}")
 
-    # Save, merge
+    # Save: the adapter, and the projected prompt alone, which PEFT loads without this package
     adapter, merged = args.output_dir / "adapter", args.output_dir / "merged"
     model.save_pretrained(adapter)
     save_as_prompt_tuning(model, merged)
-    print_saved(
-        adapter, merged, f"AutoModelForTokenClassification.from_pretrained({args.model!r}, num_labels={len(names)})"
-    )
-    print(f"In stock PEFT its logits begin with the prompt's {args.num_virtual_tokens} positions: cut them off.")
+    print(f"\nadapter to train on: {adapter}\nmerged: {merged}")
+
+    # Reload
+    base = AutoModelForTokenClassification.from_pretrained(args.model, num_labels=len(names))
+    reloaded = PeftModel.from_pretrained(base, merged).eval()
+    batch = collator([data["test"][0]])
+    with torch.no_grad():
+        logits = reloaded(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    tags = logits[0, args.num_virtual_tokens :].argmax(
+        -1
+    )  # with PEFT alone, the logits include the prompt's positions
+    print("first prediction after reloading:", " ".join(names[i] for i in tags[batch["labels"][0] != -100].tolist()))
+    loading = f"AutoModelForTokenClassification.from_pretrained({args.model!r}, num_labels={len(names)})"
+    print(f"to reload with PEFT alone:\n    model = PeftModel.from_pretrained({loading}, {str(merged)!r})")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""The networks `φ` that a prompt is trained through: Razdaibiedina et al. (2023), section 3.
+"""The networks `φ` that a prompt embedding is trained through: Razdaibiedina et al. (2023), section 3.
 
-Letters used below: `P` virtual tokens, `H` width of the embeddings, `M` width of the hidden layer. Every network maps
-`[P, H]` to `[P, H]` and ends in dropout and LayerNorm where the config asks for them. The skip is the encoder's.
-A network that mixes rows of the vocabulary maps weights `[P, M]` to `[P, H]`.
+Letters for dimensions: `P` virtual tokens, `H` width of the word embeddings (`token_dim`), `M` width of the hidden
+layer (`encoder_hidden_size`). A network maps the prompt embedding `E` `[P, H]` to `φ(E)` `[P, H]`, in float32. The
+encoder adds the skip: the frozen model sees the projected prompt `E' = E + φ(E)`. A network that mixes vocabulary rows
+has no skip and maps weights `[P, M]` to `[P, H]`.
 """
 
 from __future__ import annotations
@@ -20,57 +21,59 @@ from .registry import REPARAMETERIZATIONS
 
 Builder = Callable[[ResidualPromptTuningConfig], nn.Module]
 
-_HIDDEN_LAYER_FIELDS = ("encoder_hidden_size", "encoder_activation")
-_HEADS = ("encoder_num_attention_heads",)
-_MLP_FORMS = ("encoder_norm_first", "encoder_zero_init")
-_FRAME = ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout")
+# Config fields that some of the networks below do not use.
+_ATTENTION = ("encoder_num_attention_heads",)
+_HIDDEN_LAYER = ("encoder_hidden_size", "encoder_activation")
+_MLP_OPTIONS = ("encoder_norm_first", "encoder_zero_init")
+_LAYER_OPTIONS = ("encoder_shared", "encoder_residual", "encoder_layer_norm", "encoder_dropout")
 
 
 def register_reparameterization(
     name: str, *, per_token: bool = False, unused_fields: tuple[str, ...] = (), mixes_vocabulary: bool = False
 ) -> Callable[[Builder], Builder]:
-    """Register a network under a name that `encoder_reparameterization_type` then accepts.
+    """Register a custom network under a name that `encoder_reparameterization_type` then accepts.
 
-    The decorated function takes the config and returns a module that maps the raw prompt `[P, H]` to `[P, H]`, without
-    the skip. Adapters that use it are saved and loaded like any other, in processes that register the name too.
+    The decorated function (or class) takes the config and returns a module that maps the prompt embedding `[P, H]` to
+    `[P, H]`, without the skip. Adapters with this network are saved and loaded like any other. A process that loads
+    one must register the name first.
 
     Args:
         name (`str`): The value of `encoder_reparameterization_type`.
-        per_token (`bool`): Whether the builder honours `encoder_shared=False` (one network per virtual token).
-        unused_fields (`tuple[str, ...]`): Config fields that the network does not read; setting them is then refused.
-            With `encoder_residual` among them there is no skip.
-        mixes_vocabulary (`bool`): Whether the module maps weights `[P, M]` to `[P, H]` with `M=encoder_hidden_size`
-            frozen rows of the vocabulary, in a buffer of its own, `rows` `[M, H]`, that the encoder fills. There is
-            no skip then.
+        per_token (`bool`): Whether the network supports `encoder_shared=False` (one network per virtual token).
+        unused_fields (`tuple[str, ...]`): Config fields that the network does not use; setting one of them then
+            warns. If `encoder_residual` is among them, there is no skip.
+        mixes_vocabulary (`bool`): Whether the module maps weights `[P, M]` to `[P, H]`, using `M` frozen rows of the
+            vocabulary. The module must have a buffer `rows` `[M, H]`, which the encoder fills. There is no skip then.
 
     Raises:
-        ValueError: If the name is taken by another builder.
+        ValueError: If the name is taken by another network.
     """
     if mixes_vocabulary:
-        unused_fields = (*unused_fields, "encoder_residual")  # weights cannot be added to rows
+        unused_fields = (*unused_fields, "encoder_residual")  # weights [P, M] cannot be added to rows [P, H]
     return REPARAMETERIZATIONS.add(
         name, per_token=per_token, unused_fields=unused_fields, mixes_vocabulary=mixes_vocabulary
     )
 
 
 def build_network(config: ResidualPromptTuningConfig, device: str = "cpu") -> nn.Module:
-    """Build the network that `config` describes, with fresh weights in float32 from torch's default CPU generator.
+    """Build the network that `config` describes, with new weights in float32.
 
-    On the device `"meta"` it has shapes and no numbers, so that no size is too large.
+    The weights are drawn from torch's default CPU generator. On the device `"meta"` no memory is allocated: the
+    network then only tells the shapes of its weights.
     """
     with torch.device(device):
         return REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder(config).float()
 
 
 class PerTokenLinear(nn.Module):
-    """`P` separate linear layers, token `p` through layer `p`, as one batched product.
+    """`P` separate linear layers in one batched product: token `p` goes through layer `p`.
 
-    Starts with the distribution of `nn.Linear`: weight and bias uniform in ±1/√in_features.
+    Initialized like `nn.Linear`: weight and bias are uniform in ±1/√in_features.
 
     Args:
         num_tokens (`int`): Number of layers, `P`.
-        in_features (`int`): Input width of each.
-        out_features (`int`): Output width of each.
+        in_features (`int`): Input width of each layer.
+        out_features (`int`): Output width of each layer.
     """
 
     def __init__(self, num_tokens: int, in_features: int, out_features: int) -> None:
@@ -81,12 +84,12 @@ class PerTokenLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `[P, in_features]` to `[P, out_features]`."""
-        # Rows times `[in, out]`, the transpose of `nn.Linear`: columns take more than twice as long on a CPU.
+        # The weights are `[in, out]`, transposed compared to `nn.Linear`: more than twice as fast on a CPU.
         return torch.baddbmm(self.bias.unsqueeze(1), inputs.unsqueeze(1), self.weight).squeeze(1)
 
 
 class PerTokenLayerNorm(nn.Module):
-    """`P` separate LayerNorms over the last dimension, token `p` through norm `p`."""
+    """`P` separate LayerNorms over the last dimension: token `p` goes through norm `p`."""
 
     def __init__(self, num_tokens: int, width: int) -> None:
         super().__init__()
@@ -119,13 +122,13 @@ def _activation(config: ResidualPromptTuningConfig) -> nn.Module:
 
 
 class MLP(nn.Module):
-    """`norm(dropout(up(activation(down(x)))))`, with `down` from `H` to `M` and `up` from `M` to `H`.
+    """A bottleneck MLP: `norm(dropout(up(activation(down(x)))))`, `down` from `H` to `M`, `up` from `M` to `H`.
 
     With `config.encoder_norm_first` it is `dropout(up(activation(down(norm(x)))))`.
 
     Args:
         config ([`ResidualPromptTuningConfig`]): Sizes, activation, dropout, norm.
-        zero_init (`bool`): Whether the last layer with weights, and so the output, starts at zero.
+        zero_init (`bool`): Whether the last layer with weights, and with it the output, is initialized to zero.
     """
 
     def __init__(self, config: ResidualPromptTuningConfig, zero_init: bool = False) -> None:
@@ -137,7 +140,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.norm = _norm(config)
         if zero_init:
-            # Behind a LayerNorm it must be the norm: its gradient with respect to a zero input is beyond all bounds.
+            # If a LayerNorm follows `up`, zero the norm: a LayerNorm has huge gradients at a zero input.
             last = self.norm if config.encoder_layer_norm and not self.norm_first else self.up
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)
@@ -149,21 +152,28 @@ class MLP(nn.Module):
         return self.norm(self.dropout(self.up(self.activation(self.down(prompt)))))
 
 
+@register_reparameterization("MLP1", per_token=True, unused_fields=_ATTENTION)
+def build_mlp1(config: ResidualPromptTuningConfig) -> nn.Module:
+    """One bottleneck MLP."""
+    return MLP(config, zero_init=config.encoder_zero_init)
+
+
+@register_reparameterization("MLP2", per_token=True, unused_fields=_ATTENTION)
+def build_mlp2(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two bottleneck MLPs with separate weights."""
+    return nn.Sequential(MLP(config), MLP(config, zero_init=config.encoder_zero_init))
+
+
 class LSTM(nn.Module):
-    """A bidirectional LSTM along the prompt, `H/2` per direction, then (with `head`) linear, activation, linear."""
+    """A bidirectional LSTM over the prompt, `H/2` per direction; with `head`, followed by a two-layer MLP."""
 
     def __init__(self, config: ResidualPromptTuningConfig, num_layers: int, head: bool = False) -> None:
         super().__init__()
-        width = config.token_dim
+        width, hidden = config.token_dim, config.encoder_hidden_size
         between_layers = config.encoder_dropout if num_layers > 1 else 0.0
         self.lstm = nn.LSTM(width, width // 2, num_layers, dropout=between_layers, bidirectional=True)
-        self.head: nn.Module = nn.Identity()
-        if head:
-            self.head = nn.Sequential(
-                nn.Linear(width, config.encoder_hidden_size),
-                _activation(config),
-                nn.Linear(config.encoder_hidden_size, width),
-            )
+        layers = [nn.Linear(width, hidden), _activation(config), nn.Linear(hidden, width)] if head else []
+        self.head = nn.Sequential(*layers)
         self.dropout = nn.Dropout(config.encoder_dropout)
         self.norm = _norm(config)
 
@@ -172,24 +182,42 @@ class LSTM(nn.Module):
         return self.norm(self.dropout(self.head(self.lstm(prompt)[0])))
 
 
-class TransformerLayer(nn.Module):
-    """A transformer encoder layer with the norm after each block (Vaswani et al., 2017, section 3.1).
+@register_reparameterization("LSTM1", unused_fields=_ATTENTION + _HIDDEN_LAYER + _MLP_OPTIONS)
+def build_lstm1(config: ResidualPromptTuningConfig) -> nn.Module:
+    """One bidirectional LSTM layer."""
+    return LSTM(config, num_layers=1)
 
-    Written out, and not torch's layer, because that one takes other kernels with and without gradients: the prompt
-    that is saved would not be the prompt that was trained, to the last bit.
+
+@register_reparameterization("LSTM2", unused_fields=_ATTENTION + _HIDDEN_LAYER + _MLP_OPTIONS)
+def build_lstm2(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two bidirectional LSTM layers."""
+    return LSTM(config, num_layers=2)
+
+
+@register_reparameterization("LSTM", unused_fields=_ATTENTION + _MLP_OPTIONS)
+def build_lstm(config: ResidualPromptTuningConfig) -> nn.Module:
+    """Two bidirectional LSTM layers and an MLP head."""
+    return LSTM(config, num_layers=2, head=True)
+
+
+class TransformerLayer(nn.Module):
+    """A post-norm transformer encoder layer (Vaswani et al., 2017, section 3.1).
+
+    `nn.TransformerEncoderLayer` uses different kernels with and without gradients, so the saved prompt would not be
+    bit-identical to the trained one.
     """
 
     def __init__(self, config: ResidualPromptTuningConfig) -> None:
         super().__init__()
-        width = config.token_dim
+        width, hidden = config.token_dim, config.encoder_hidden_size
         self.num_heads = config.encoder_num_attention_heads
         self.query_key_value = nn.Linear(width, 3 * width)
         self.output = nn.Linear(width, width)
         self.feed_forward = nn.Sequential(
-            nn.Linear(width, config.encoder_hidden_size),
+            nn.Linear(width, hidden),
             _activation(config),
             nn.Dropout(config.encoder_dropout),
-            nn.Linear(config.encoder_hidden_size, width),
+            nn.Linear(hidden, width),
         )
         self.attention_norm = nn.LayerNorm(width)
         self.feed_forward_norm = nn.LayerNorm(width)
@@ -200,8 +228,8 @@ class TransformerLayer(nn.Module):
         heads = self.query_key_value(inputs).unflatten(-1, (3, self.num_heads, -1))
         query, key, value = heads.permute(1, 2, 0, 3)  # [num_heads, P, H / num_heads] each
         scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        mixed = self.dropout(scores.softmax(-1)) @ value
-        return self.output(mixed.transpose(0, 1).flatten(1))
+        attended = self.dropout(scores.softmax(-1)) @ value
+        return self.output(attended.transpose(0, 1).flatten(1))
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map `[P, H]` to `[P, H]`."""
@@ -209,6 +237,7 @@ class TransformerLayer(nn.Module):
         return self.feed_forward_norm(inputs + self.dropout(self.feed_forward(inputs)))
 
 
+@register_reparameterization("TRANSFORMER", unused_fields=_MLP_OPTIONS)
 class Transformer(nn.Module):
     """Two transformer encoder layers over the prompt plus learned positions."""
 
@@ -223,17 +252,22 @@ class Transformer(nn.Module):
         return self.norm(self.layers(prompt + self.positions))
 
 
+@register_reparameterization(
+    "SUPERPOS",
+    unused_fields=("encoder_activation", *_ATTENTION, *_MLP_OPTIONS, *_LAYER_OPTIONS),
+    mixes_vocabulary=True,
+)
 class Superposition(nn.Module):
-    """Weighted sums of frozen rows of the vocabulary; the weights are the raw prompt.
+    """Weighted sums of frozen vocabulary rows; the prompt embedding holds the weights.
 
-    SuperPos-Prompt (Ali Sadraei Javaheri et al., 2024, PMLR 262, arXiv:2406.05279): no softmax over the weights.
+    SuperPos-Prompt (Ali Sadraei Javaheri et al., 2024, PMLR 262, arXiv:2406.05279), without a softmax.
     """
 
     rows: Tensor
 
     def __init__(self, config: ResidualPromptTuningConfig) -> None:
         super().__init__()
-        # A buffer: saved with the network, so that an adapter does not depend on how the base model's table is kept.
+        # A buffer, so that the rows are saved with the adapter, which then does not depend on the base model's table.
         self.register_buffer("rows", torch.zeros(config.encoder_hidden_size, config.token_dim))
 
     def forward(self, weights: Tensor) -> Tensor:
@@ -241,51 +275,7 @@ class Superposition(nn.Module):
         return weights @ self.rows
 
 
-@register_reparameterization("MLP1", per_token=True, unused_fields=_HEADS)
-def build_mlp1(config: ResidualPromptTuningConfig) -> nn.Module:
-    """One bottleneck MLP."""
-    return MLP(config, zero_init=config.encoder_zero_init)
-
-
-@register_reparameterization("MLP2", per_token=True, unused_fields=_HEADS)
-def build_mlp2(config: ResidualPromptTuningConfig) -> nn.Module:
-    """Two bottleneck MLPs, each with weights of its own."""
-    return nn.Sequential(MLP(config), MLP(config, zero_init=config.encoder_zero_init))
-
-
-@register_reparameterization("LSTM1", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _MLP_FORMS)
-def build_lstm1(config: ResidualPromptTuningConfig) -> nn.Module:
-    """One bidirectional LSTM layer."""
-    return LSTM(config, num_layers=1)
-
-
-@register_reparameterization("LSTM2", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _MLP_FORMS)
-def build_lstm2(config: ResidualPromptTuningConfig) -> nn.Module:
-    """Two bidirectional LSTM layers."""
-    return LSTM(config, num_layers=2)
-
-
-@register_reparameterization("LSTM", unused_fields=_HEADS + _MLP_FORMS)
-def build_lstm(config: ResidualPromptTuningConfig) -> nn.Module:
-    """Two bidirectional LSTM layers and a head of two linear layers."""
-    return LSTM(config, num_layers=2, head=True)
-
-
-@register_reparameterization("TRANSFORMER", unused_fields=_MLP_FORMS)
-def build_transformer(config: ResidualPromptTuningConfig) -> nn.Module:
-    """Two transformer encoder layers."""
-    return Transformer(config)
-
-
-@register_reparameterization(
-    "SUPERPOS", unused_fields=("encoder_activation", *_HEADS, *_MLP_FORMS, *_FRAME), mixes_vocabulary=True
-)
-def build_superposition(config: ResidualPromptTuningConfig) -> nn.Module:
-    """Each token a weighted sum of frozen rows of the vocabulary."""
-    return Superposition(config)
-
-
-@register_reparameterization("NONE", unused_fields=_HEADS + _HIDDEN_LAYER_FIELDS + _MLP_FORMS + _FRAME)
+@register_reparameterization("NONE", unused_fields=_ATTENTION + _HIDDEN_LAYER + _MLP_OPTIONS + _LAYER_OPTIONS)
 def build_none(config: ResidualPromptTuningConfig) -> nn.Module:
     """No network: plain prompt tuning."""
     return nn.Identity()

@@ -26,14 +26,13 @@ from peft_residual.registry import REPARAMETERIZATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+# To be copied into other projects: real models and data, and no import from this repository but the package.
+COPIED = ["sequence_classification.py", "token_classification.py", "causal_lm.py", "sft.py"]
 SCRIPTS = [
-    "sequence_classification.py",
-    "token_classification.py",
-    "causal_lm.py",
-    "sft.py",
+    *COPIED,
     "by_feature/base.py",
     "by_feature/two_learning_rates.py",
-    "by_feature/own_network.py",
+    "by_feature/custom_network.py",
     "by_feature/several_adapters.py",
     "by_feature/prompt_transfer.py",
     "by_feature/progressive_prompts.py",
@@ -57,9 +56,16 @@ def examples_importable():
 
 
 def run(script, *args):
-    """Run a script as `python script args` does, in this process, which has imported the libraries; what it prints."""
+    """Run a script as `python script args` does, in this process, which has imported the libraries; what it prints.
+
+    `--smoke` becomes the options of `smoke.py` where a script has no such option.
+    """
     printed = io.StringIO()
     with examples_importable(), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        if script in COPIED and args[0] == "--smoke":
+            import smoke
+
+            args = *smoke.options(script, args[args.index("--output_dir") + 1].parent), *args[1:]
         patch.setattr(sys, "argv", [script, *map(str, args)])
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return printed.getvalue()
@@ -123,6 +129,25 @@ def test_what_the_scripts_say_loads_in_a_process_without_this_package(smoke):
     assert result.stdout.endswith("loaded\n"), result.stderr
 
 
+@pytest.mark.parametrize("script", COPIED)
+def test_a_script_to_copy_imports_nothing_else_of_this_repository(script):
+    lines = (EXAMPLES / script).read_text().splitlines()
+    imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    local = {path.stem for path in EXAMPLES.glob("*") if path.suffix in ("", ".py")}
+    assert "peft_residual" in imported and not imported & local
+
+
+def test_smoke_runs_a_script(tmp_path):
+    printed = run_alone("smoke.py", "sequence_classification.py", "--output_dir", tmp_path / "out")
+    assert "test accuracy" in printed and "first predictions after reloading" in printed
+    assert "There is no script 'demo.py'" in refuses("smoke.py", "demo.py")
+
+
+def test_an_output_folder_is_never_replaced_by_a_script_to_copy(tmp_path):
+    for script in COPIED:
+        assert "exists. Choose another folder" in refuses(script, "--output_dir", tmp_path)
+
+
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.py", "smoke.py", "demo.py"])
 def test_a_script_has_at_most_150_lines_of_code(script):
     assert lines_of_code(EXAMPLES / script) <= 150
@@ -175,8 +200,8 @@ def test_two_learning_rates_are_set_and_scheduled(smoke):
     )
 
 
-def test_a_network_of_ones_own_is_loaded_by_its_name(smoke):
-    assert "the prompt is the same" in smoke("by_feature/own_network.py")[1]
+def test_a_custom_network_is_loaded_by_its_name(smoke):
+    assert "the prompt is the same" in smoke("by_feature/custom_network.py")[1]
 
 
 def test_several_adapters_score_the_same_once_loaded(smoke):
@@ -257,7 +282,7 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path):
 
 
 def test_a_script_takes_a_model_and_data_from_disk(smoke, tmp_path):
-    model = smoke("sequence_classification.py")[0] / "tiny-model"
+    model = smoke("sequence_classification.py")[0].parent / "model"
     for split in ("train", "validation"):
         lines = [
             json.dumps({"review": f"the film was {w}", "stars": i % 2}) for i, w in enumerate(["dull", "fun"] * 8)
@@ -267,7 +292,6 @@ def test_a_script_takes_a_model_and_data_from_disk(smoke, tmp_path):
     options += ["--label_column", "stars", "--max_steps", "2", "--output_dir", tmp_path / "out"]
     options += ["--num_virtual_tokens", "4"]  # of the five words that the data holds
     assert "no column 'sentence'" in refuses("sequence_classification.py", *options, "--text_column", "sentence")
-    options.append("--overwrite")
     assert "Pass --label_names" in refuses("sequence_classification.py", *options)
     printed = run("sequence_classification.py", *options, "--label_names", "bad", "good")
     assert "test accuracy" in printed
@@ -309,7 +333,8 @@ def test_an_output_folder_is_replaced_only_when_asked_for_and_an_examples_own(tm
 
 def test_splits_and_labels_are_checked():
     with examples_importable():
-        from common import check_columns, label_names
+        from causal_lm import label_names
+        from common import check_columns
     named = Features({"label": ClassLabel(names=["no", "yes"])})
     train = Dataset.from_dict({"label": [0, 1]}, features=named)
     hidden = Dataset.from_dict({"label": [0, -1]}, features=named)

@@ -217,7 +217,7 @@ def test_an_interrupted_table_goes_on_where_it_was(own_table, tmp_path):
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate()
-    assert process.returncode == 1 and "Interrupted. The same command goes on from here." in errors, errors
+    assert process.returncode == 1 and "Interrupted. The same command resumes from here." in errors, errors
     assert last_checkpoint(folder) is not None and not (folder / "scores.json").exists()
     assert "Traceback" not in errors + (folder / "log.txt").read_text()
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(EXAMPLES))
 from embedded.tasks import MODEL  # noqa: E402
 from text_to_text import metrics, train  # noqa: E402
 from text_to_text.data import TASKS, load_texts  # noqa: E402
-from text_to_text.interruption import exit_with_command, is_whole  # noqa: E402
+from text_to_text.interruption import exit_with_command, is_complete  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +156,7 @@ def test_ctrl_c_waits_for_the_step_and_saves_it(tmp_path, tokenizer):
     trainer.add_callback(PressAtStep3())
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
-    assert is_whole(tmp_path / "checkpoint-3") and trainer.state.global_step == 3
+    assert is_complete(tmp_path / "checkpoint-3") and trainer.state.global_step == 3
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler  # a second one stops at once
 
 
@@ -221,7 +221,7 @@ def test_interrupting_leaves_a_whole_checkpoint_and_says_how_to_go_on(tmp_path, 
             "`num_virtual_tokens` has no effect with `method` fine_tuning",
         ),
         (["--max_source_length", "11"], "`max_source_length` 11 leaves no room for text beside 10 virtual tokens"),
-        (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` nowhere is no whole checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "`resume_from_checkpoint` nowhere is not a complete checkpoint"),
     ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(options, message, tmp_path, monkeypatch):

@@ -34,15 +34,15 @@ def make_args(**values):
     return SimpleNamespace(**{"learning_rate": 0.3, **values})
 
 
-def found(model, args=None, tokenizer=None, **kwargs):
+def found(model, args=None, processing_class=None, **kwargs):
     """Severity and subject of every finding; each names a remedy."""
-    findings = check_training_setup(model, make_args() if args is None else args, tokenizer, **kwargs)
+    findings = check_training_setup(model, make_args() if args is None else args, processing_class, **kwargs)
     assert all(finding.remedy.endswith(".") and finding.remedy in str(finding) for finding in findings)
     return [(finding.severity, finding.subject) for finding in findings]
 
 
 def test_nothing_is_found_where_all_is_well(tokenizer):
-    assert found(make_model(), tokenizer=tokenizer, max_source_length=100) == []
+    assert found(make_model(), processing_class=tokenizer, max_source_length=100) == []
 
 
 def test_nothing_of_the_model_changes(tmp_path):
@@ -136,7 +136,7 @@ def test_a_frozen_adapter():
     assert found(model) == [("error", "model")]
 
 
-def test_weights_that_are_spread_over_processes_are_not_read():
+def test_sharded_weights_are_not_read():
     model = make_model()
     model.prompt_encoder["default"].embedding.weight.ds_id = 0  # as DeepSpeed ZeRO-3 marks its parameters
     assert found(model) == [("info", "model")]
@@ -162,6 +162,7 @@ def test_padding(tokenizer):
     assert found(make_model(), generates, right) == []
     assert found(make_model(), generates, left) == [("warning", "padding_side")]
     assert found(causal, make_args(), SimpleNamespace(pad_token_id=None)) == [("error", "tokenizer")]
+    assert found(causal, generates, SimpleNamespace(tokenizer=right)) == [("warning", "padding_side")], "a processor's"
 
 
 @pytest.mark.parametrize("name", ["bf16_full_eval", "fp16_full_eval"])
@@ -179,10 +180,10 @@ def test_texts_that_leave_no_room_for_the_prompt(tokenizer):
     model = make_model(tiny_gpt2(), task_type="CAUSAL_LM")  # 64 positions, 4 for the prompt
     assert found(model, max_source_length=60) == []
     (finding,) = check_training_setup(model, make_args(), max_source_length=61)
-    assert finding.severity == "error" and finding.remedy == "Cut texts to 60 tokens."
+    assert finding.severity == "error" and finding.remedy == "Truncate texts to 60 tokens."
     assert found(model, make_args(max_length=61)) == [("error", "max_source_length")]
     assert tokenizer.model_max_length == 64
-    assert found(model, tokenizer=tokenizer) == [("warning", "max_source_length")]
+    assert found(model, processing_class=tokenizer) == [("warning", "max_source_length")]
     assert found(make_model(), max_source_length=10_000) == [], "T5's positions are relative"
 
 

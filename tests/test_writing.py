@@ -191,7 +191,7 @@ def test_only_the_main_process_writes(tmp_path):
 @pytest.mark.parametrize("at_once", [True, False])
 def test_a_folder_is_exchanged_with_or_without_help_of_the_system(at_once, tmp_path, monkeypatch):
     if not at_once:
-        monkeypatch.setattr(writing, "_exchange_at_once", lambda new, old: False)
+        monkeypatch.setattr(writing, "_exchange_in_one_step", lambda new, old: False)
     out = tmp_path / "out"
     for text in ("old", "new"):
         with writing.new_folder(out, marker="marker", overwrite=True) as folder:

@@ -1,7 +1,7 @@
-"""What residual prompt tuning costs: every benchmark of this folder, one after the other, as a page of tables.
+"""Measure what residual prompt tuning costs: run all benchmarks of this folder, and write a page of tables.
 
-Writes `cost.json` (each single time, medians, ratios, hardware), `cost.md` and `cost-growth.png` into `--output`; with
-`--device cuda` they are called `cost-cuda.json` and so on. The JSON is written again after each measurement.
+Writes `cost.json` (all times, medians, ratios, hardware), `cost.md` and `cost-growth.png` to `--output`. With
+`--device cuda`, the names are `cost-cuda.json` and so on. The JSON is updated after each measurement.
 
     python examples/benchmarks/cost.py
     python examples/benchmarks/cost.py --short --threads 1
@@ -35,19 +35,19 @@ from turns import SEED, WARM_UPS, Comparison, Settings, over_first, parse, table
 @dataclass
 class CostSettings(Settings):
     repeats: Optional[int] = field(
-        default=None, metadata={"help": "Timed turns of each rival (30; short 7; smoke 2)."}
+        default=None, metadata={"help": "Timed turns of each method (default 30, short 7, smoke 2)."}
     )
     short: bool = field(default=False, metadata={"help": "Fewer sizes and turns: 4 minutes on 2 CPU cores."})
-    smoke: bool = field(default=False, metadata={"help": "Tiny sizes and two turns: shows that it runs, no more."})
-    output: Path = field(default=Path("build/cost"), metadata={"help": "Folder that is written."})
+    smoke: bool = field(default=False, metadata={"help": "Tiny sizes and two turns, to see that everything runs."})
+    output: Path = field(default=Path("build/cost"), metadata={"help": "Output folder."})
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured; triples are `P, H, M`: virtual tokens, embedding width, hidden layer."""
+    """Sizes of the measurements; triples are `P, H, M`: virtual tokens, embedding width, hidden layer."""
 
     repeats: int = 30
-    slow_repeats: int = 7  # of what takes seconds
+    slow_repeats: int = 7  # of measurements that take seconds
     encoders: tuple[tuple[int, int, int], ...] = ((10, 768, 800), (100, 128, 50), (100, 512, 64), (100, 768, 400))
     models: tuple[str, ...] = ("t5-small", "gpt2-small")
     methods: tuple[str, ...] = training_step.METHODS
@@ -96,7 +96,7 @@ SMOKE = Sizes(
 
 
 def plan(settings: CostSettings, sizes: Sizes) -> dict[str, list[Callable[[], Comparison]]]:
-    """Every measurement, ready to be called, by section of the page."""
+    """Return all measurements as functions, by section of the page."""
     where = {"threads": settings.threads, "device": settings.device}
     often, seldom = {**where, "repeats": sizes.repeats}, {**where, "repeats": sizes.slow_repeats}
     rows, length = sizes.batch
@@ -141,7 +141,7 @@ def plan(settings: CostSettings, sizes: Sizes) -> dict[str, list[Callable[[], Co
 
 
 def hardware(settings: CostSettings) -> dict[str, Any]:
-    """What it was measured with."""
+    """Describe the hardware and the versions."""
     processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -205,7 +205,7 @@ Forward and backward of the network, medians in milliseconds.""",
 
 What `import peft_residual` adds to `import peft`: processor time, in fresh processes (`import_time.py`).""",
 }
-# Section, rival: what the page says first. A ratio is that of medians.
+# Section and method of the ratios (of medians) at the top of the page.
 GLANCE = [
     ("training step", "residual"),
     ("encoder", "Python loop"),
@@ -222,7 +222,7 @@ def page(
     sizes: Sizes,
     name: str,
 ) -> str:
-    """The page of tables."""
+    """Format the page of tables."""
     options = [f"--{option}" for option in ("short", "smoke") if getattr(settings, option)]
     options += [f"--threads {settings.threads}", f"--device {settings.device}"]
     parts = [
@@ -248,7 +248,7 @@ def page(
 
 
 def growth_lines(comparisons: list[Comparison]) -> dict[str, dict[tuple[int, int, int], float]]:
-    """Medians by line of the picture and by size."""
+    """Collect the medians by line of the plot and by size."""
     lines: dict[str, dict[tuple[int, int, int], float]] = {}
     for comparison in comparisons:
         size = (comparison.settings.tokens, comparison.settings.width, comparison.settings.hidden)
@@ -260,7 +260,7 @@ def growth_lines(comparisons: list[Comparison]) -> dict[str, dict[tuple[int, int
 
 
 def growth_table(comparisons: list[Comparison]) -> str:
-    """A Markdown table with a row for each size and a column for each network."""
+    """Format a Markdown table with a row for each size and a column for each network."""
     lines = growth_lines(comparisons)
     rows = [f"| P | H | M | {' | '.join(lines)} |", "|---:" * (3 + len(lines)) + "|"]
     for size in next(iter(lines.values())):
@@ -270,7 +270,7 @@ def growth_table(comparisons: list[Comparison]) -> str:
 
 
 def growth_picture(results: dict[str, list[Comparison]], start: tuple[int, int, int]) -> Figure:
-    """The network's time by P, H and M, and the training step's by P."""
+    """Plot the time of the network by P, H and M, and of a training step by P."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     *panels, last = figure.subplots(2, 2).flat
     for axis, (axes, name) in enumerate(zip(panels, ("virtual tokens, P", "embedding width, H", "hidden layer, M"))):
@@ -298,7 +298,7 @@ def growth_picture(results: dict[str, list[Comparison]], start: tuple[int, int, 
 
 
 def main() -> None:
-    """Measure everything, write JSON, page and picture."""
+    """Measure everything, and write the JSON, the page and the plot."""
     settings = parse(CostSettings, __doc__)
     sizes = SMOKE if settings.smoke else SHORT if settings.short else FULL
     if settings.repeats:

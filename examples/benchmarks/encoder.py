@@ -1,7 +1,7 @@
-"""Time a prompt's network, forward and backward: the package's encoder against a Python loop and PEFT's PromptEncoder.
+"""Time forward and backward of the encoder, compared to a Python loop over tokens and to PEFT's PromptEncoder.
 
-One network per virtual token (the default here) against a loop over separate modules with the same weights; or with
-`--shared`, one network for all tokens against a loop over the tokens and against P-tuning's MLP and LSTM of the same
+By default, one network per virtual token is compared to a loop over separate modules with the same weights. With
+`--shared`, one network for all tokens is compared to a loop over the tokens and to P-tuning's MLP and LSTM of the same
 sizes.
 
     python examples/benchmarks/encoder.py
@@ -31,7 +31,7 @@ class EncoderSettings(Settings):
 
 
 def build_encoder(settings: EncoderSettings) -> ResidualPromptEncoder:
-    """The package's encoder, MLP1."""
+    """Build the package's encoder with MLP1."""
     config = ResidualPromptTuningConfig(
         task_type="SEQ_2_SEQ_LM",
         num_virtual_tokens=settings.tokens,
@@ -44,7 +44,7 @@ def build_encoder(settings: EncoderSettings) -> ResidualPromptEncoder:
 
 
 def build_p_tuning(kind: str, settings: EncoderSettings) -> PromptEncoder:
-    """PEFT's prompt encoder of the same sizes."""
+    """Build PEFT's prompt encoder with the same sizes."""
     config = PromptEncoderConfig(
         encoder_reparameterization_type=kind,
         num_virtual_tokens=settings.tokens,
@@ -56,7 +56,7 @@ def build_p_tuning(kind: str, settings: EncoderSettings) -> PromptEncoder:
 
 
 def separate_modules(encoder: ResidualPromptEncoder) -> nn.ModuleList:
-    """The networks of single tokens as separate modules with the same weights."""
+    """Build the networks of all tokens as separate modules with the same weights."""
     network = encoder.network
     tokens, width, hidden = network.down.weight.shape
     modules = nn.ModuleList(
@@ -73,15 +73,15 @@ def separate_modules(encoder: ResidualPromptEncoder) -> nn.ModuleList:
 
 
 def measure(settings: EncoderSettings) -> Comparison:
-    """Time forward and backward; gradients are dropped before, off the clock, as an optimizer's `zero_grad` does."""
+    """Time forward and backward. Gradients are reset before each pass, which is not timed."""
     torch.manual_seed(SEED)
     encoder = build_encoder(settings)
-    raw = encoder.embedding.weight
+    embedding = encoder.embedding.weight
     modules = [encoder.network] * settings.tokens if settings.shared else separate_modules(encoder)
     trained = nn.ModuleList([encoder, *modules])
 
     def loop() -> Tensor:
-        return raw + torch.stack([module(raw[token]) for token, module in enumerate(modules)])
+        return embedding + torch.stack([module(embedding[token]) for token, module in enumerate(modules)])
 
     rivals: dict[str, Callable[[], Tensor]] = {"residual": encoder, "Python loop": loop}
     difference = relative_difference(run().detach() for run in rivals.values())
@@ -89,9 +89,9 @@ def measure(settings: EncoderSettings) -> Comparison:
         positions = torch.arange(settings.tokens, device=settings.device).unsqueeze(0)
         for kind in ("MLP", "LSTM"):
             trained.append(build_p_tuning(kind, settings))
-            # For one row of a batch; in training PEFT runs it for each row.
+            # For one row of a batch; in training, PEFT runs it for each row.
             rivals[f"P-tuning {kind}, PEFT"] = lambda module=trained[-1]: module(positions)[0]
-    direction = torch.randn_like(raw)
+    direction = torch.randn_like(embedding)
     passes = {name: lambda run=run: run().backward(direction) for name, run in rivals.items()}
     times = take_turns(passes, settings, prepare=trained.zero_grad)
     title = (

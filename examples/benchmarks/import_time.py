@@ -1,6 +1,6 @@
-"""Time what `import peft_residual` adds to `import peft`: both in the same process, a fresh one in each turn.
+"""Time `import peft_residual` on top of `import peft`, both in the same process, with a new process in each turn.
 
-Processor time is counted, so that other work on the machine shows less.
+Processor time is measured, so that other work on the machine has less influence.
 
     python examples/benchmarks/import_time.py
     python examples/benchmarks/import_time.py --repeats 21
@@ -28,11 +28,11 @@ print(time.process_time() - start)
 
 @dataclass
 class ImportSettings(Settings):
-    repeats: int = field(default=11, metadata={"help": "Fresh processes, after one that is dropped."})
+    repeats: int = field(default=11, metadata={"help": "Number of processes, after one warm-up process."})
 
 
 def measure(settings: ImportSettings) -> Comparison:
-    """Import in fresh processes; the first fills the caches of files and bytecode."""
+    """Import in new processes; the first one fills the caches of files and bytecode."""
     times: dict[str, list[float]] = {"import peft": [], "import peft, peft_residual": []}
     for _ in tqdm(range(settings.repeats + 1), desc="processes", leave=False):
         command = [sys.executable, "-W", "ignore", "-c", CODE]

@@ -1,11 +1,11 @@
-"""How well and how fast prompts learn: residual prompt tuning and its rivals on the embedded model's tasks.
+"""Compare how well and how fast methods learn: residual prompt tuning and others on the embedded model's tasks.
 
-    python examples/benchmarks/learning.py --short     # one look, 2 minutes on 2 CPU cores
-    python examples/benchmarks/learning.py             # everything that the docs show, an hour
+    python examples/benchmarks/learning.py --short     # a short run, 2 minutes on 2 CPU cores
+    python examples/benchmarks/learning.py             # everything in the docs, one hour
 
-Each run trains one method on one task with one learning rate and one seed, on one thread. A seed chooses the training
-rows, their order and the start, so that methods can be compared in pairs. Accuracy is exact match. Finished runs are
-kept in the output folder and not repeated: interrupt and start again as you like.
+Each run trains one method on one task with one learning rate and one seed, on one thread. The seed determines the
+training rows, their order and the initialization, so that methods can be compared in pairs. Accuracy is exact match.
+Finished runs are kept in the output folder and not repeated, so this can be interrupted and started again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `embedded` is in examples/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `embedded`
 
 import learning_methods
 from datasets import disable_progress_bars
@@ -43,13 +43,13 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
 from peft_residual import disable_base_dropout
 
 
-# Where the curve is measured, in hundredths of the steps: dense where methods differ.
+# When the model is evaluated, in percent of the steps.
 EVALUATED = (5, 10, 15, 20, 30, 40, 50, 60, 80, 100)
 
 
 @functools.cache
 def frozen_model() -> tuple[Any, Any]:
-    """The embedded model and its tokenizer."""
+    """Load the embedded model and its tokenizer."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -59,7 +59,7 @@ def frozen_model() -> tuple[Any, Any]:
 
 @functools.cache
 def split_of(task: str, split: str, shots: int | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A split as padded tensors; all label words have the same number of tokens."""
+    """Load a split as padded tensors. All label words have the same number of tokens."""
     _, tokenizer = frozen_model()
     size = None if shots is None else shots * len(TASKS[task].labels)
     rows = load_task(task, train_size=size, seed=seed)[split]
@@ -68,7 +68,7 @@ def split_of(task: str, split: str, shots: int | None = None, seed: int = 0) -> 
 
 
 def rows_of(split: dict[str, torch.Tensor], indices: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Some rows of a split, without padding that none of them needs."""
+    """Select rows of a split, without unneeded padding."""
     rows = {name: tensor[indices] for name, tensor in split.items()}
     longest = int(rows["attention_mask"].sum(-1).max())
     return {name: tensor if name == "labels" else tensor[:, :longest] for name, tensor in rows.items()}
@@ -76,7 +76,7 @@ def rows_of(split: dict[str, torch.Tensor], indices: torch.Tensor) -> dict[str, 
 
 @torch.no_grad()
 def exact_match(model: Any, split: dict[str, torch.Tensor]) -> float:
-    """The share of rows whose greedily generated text is the label: each token of it has the largest logit."""
+    """Compute exact match of greedy decoding: each token of the label has the largest logit."""
     model.eval()
     correct = model(**split).logits.argmax(-1) == split["labels"]
     model.train()
@@ -84,7 +84,7 @@ def exact_match(model: Any, split: dict[str, torch.Tensor]) -> float:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train and evaluate; returns the run with its curve, accuracies, CPU seconds per step and trained parameters."""
+    """Train and evaluate; return the run with its curve, accuracies, CPU seconds per step and trained parameters."""
     base, _ = frozen_model()
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
@@ -104,7 +104,7 @@ def train(run: Run) -> dict[str, Any]:
     half = {name: tensor[:100] for name, tensor in split_of(run.task, "validation").items()}
     curve, seconds = [], 0.0
     for step in range(1, run.steps + 1):
-        start = time.process_time()  # of this thread's work alone, however busy the machine is
+        start = time.process_time()  # CPU time, which does not depend on other processes
         batch = rows_of(split, order[(step - 1) * run.batch_size : step * run.batch_size])
         model(**batch).loss.backward()
         optimizer.step()
@@ -125,15 +125,15 @@ def train(run: Run) -> dict[str, Any]:
 
 
 def run_all(runs: Iterable[Run], folder: Path, processes: int) -> dict[Run, dict[str, Any]]:
-    """Train what the folder's file of runs does not hold yet; each result is added to it as it comes.
+    """Train all runs that are not yet in the folder's file of results, and append each result to that file.
 
-    The file's name depends on what the methods are: runs of other methods than these are not taken for finished.
+    The file name contains a hash of the methods, so that results of other methods are not reused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     found = {}
     path = folder / f"runs-{hashlib.sha256(Path(learning_methods.__file__).read_bytes()).hexdigest()[:12]}.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):  # killed while it was written
+    if lines and not lines[-1].endswith("\n"):  # the process was killed while writing it
         path.write_text("".join(lines[:-1]))
         del lines[-1]
     for line in lines:
@@ -157,7 +157,7 @@ def run_all(runs: Iterable[Run], folder: Path, processes: int) -> dict[Run, dict
 
 SEEDS = range(5)
 RATES = (0.0003, 0.003, 0.03, 0.3, 3.0)
-# A development task that plain prompt tuning does not master in these steps, and all that nothing was ever chosen on.
+# A development task that plain prompt tuning does not solve in these steps, and all held-out tasks.
 HELD_OUT = tuple(name for name, task in TASKS.items() if not task.development)
 COMPARED = ("topic", *HELD_OUT)
 ALL = [name for name in METHODS if name not in SETTINGS]
@@ -165,7 +165,7 @@ PROMPTS = (PLAIN, "SuperPos", PAPER, RECOMMENDED)
 
 
 def at_own_rate(methods: Iterable[str], tasks: Iterable[str], **settings: Any) -> list[Run]:
-    """Each method at the rate that suited it on development tasks."""
+    """Each method at its best rate on development tasks."""
     return [
         Run(task, method, METHODS[method].learning_rate, seed, **settings)
         for method, seed, task in product(methods, SEEDS, tasks)
@@ -178,7 +178,7 @@ def at_rates(methods: Iterable[str], tasks: Iterable[str], rates: Iterable[float
 
 
 def suites() -> dict[str, list[Run]]:
-    """What is compared, most important first."""
+    """All comparisons, the most important first."""
     return {
         "rates": at_rates(ALL, COMPARED, RATES),
         "shots": [run for shots in (5, 20, 100) for run in at_own_rate(PROMPTS, HELD_OUT, shots=shots)],
@@ -193,18 +193,20 @@ def suites() -> dict[str, list[Run]]:
 
 
 def main() -> None:
-    """Parse the options, train what is missing, write measurements, page and pictures."""
+    """Parse the options, train missing runs, and write measurements, page and plots."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--suites", nargs="+", choices=suites(), help="which comparisons beside the rates (default: all)"
+        "--suites", nargs="+", choices=suites(), help="comparisons to run in addition to the rates (default: all)"
     )
-    which.add_argument("--short", action="store_true", help="one seed of two tasks, at each method's own rate")
-    which.add_argument("--smoke", action="store_true", help="two steps of a few runs, to see that it works")
+    which.add_argument("--short", action="store_true", help="one seed of two tasks, each method at its own rate")
+    which.add_argument("--smoke", action="store_true", help="two steps of a few runs, to see that everything runs")
     parser.add_argument(
-        "--processes", type=int, default=2, help="runs at a time, one thread each (default %(default)s)"
+        "--processes", type=int, default=2, help="parallel runs, one thread each (default %(default)s)"
     )
-    parser.add_argument("--output", type=Path, default=Path("build/learning"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("build/learning"), help="output folder (default %(default)s)"
+    )
     options = parser.parse_args()
     if options.processes < 1:
         parser.error(f"--processes must be at least 1, got {options.processes}")

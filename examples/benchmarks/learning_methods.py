@@ -1,4 +1,4 @@
-"""What `learning.py` compares: a run, and the methods that it can be of."""
+"""The runs and methods that `learning.py` compares."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.optimization import Adafactor
 from peft_residual import ResidualPromptTuningConfig, create_residual_optimizer
 
 
-WEIGHT_DECAY = 1e-5  # of Razdaibiedina et al. (2023), the same for all
+WEIGHT_DECAY = 1e-5  # as in Razdaibiedina et al. (2023), for all methods
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Run:
 
     Args:
         task, method (`str`): Names in `TASKS` and `METHODS`.
-        learning_rate (`float`): Of what the method trains.
-        seed (`int`): Of the training rows, their order and the start.
-        tokens (`int`): Virtual tokens.
-        shots (`int`, *optional*): Training rows per class; the task's own training split when None.
-        init (`str`): `prompt_tuning_init`, for methods that start from the vocabulary.
-        steps, batch_size (`int`): Training steps and rows in each.
+        learning_rate (`float`): Learning rate of the trained parameters.
+        seed (`int`): Seed of the training rows, their order and the initialization.
+        tokens (`int`): Number of virtual tokens.
+        shots (`int`, *optional*): Training rows per class. None: the task's whole training split.
+        init (`str`): `prompt_tuning_init`, for methods that have it.
+        steps, batch_size (`int`): Training steps, and rows per step.
     """
 
     task: str
@@ -43,13 +43,13 @@ class Run:
 
 
 def adamw(model: PeftModel, learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW over everything that takes gradients."""
+    """AdamW over all trainable parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(trained, lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def residual_adamw(encoder_learning_rate: float | None = None) -> Callable[..., torch.optim.Optimizer]:
-    """AdamW with the network at a rate of its own, whatever the prompt's; at the prompt's when None."""
+    """AdamW with a separate learning rate for the network; None: that of the prompt."""
 
     def optimizer(model: PeftModel, learning_rate: float) -> torch.optim.Optimizer:
         return create_residual_optimizer(
@@ -64,13 +64,13 @@ def residual_adamw(encoder_learning_rate: float | None = None) -> Callable[..., 
 
 
 def adafactor(model: PeftModel, learning_rate: float) -> torch.optim.Optimizer:
-    """Adafactor at a fixed rate, without scaling it by the size of the parameters."""
+    """Adafactor with a fixed learning rate."""
     fixed = {"scale_parameter": False, "relative_step": False}
     return create_residual_optimizer(model, Adafactor, learning_rate=learning_rate, weight_decay=WEIGHT_DECAY, **fixed)
 
 
 def warm_up_and_decay(step: int, steps: int) -> float:
-    """A tenth of the steps up, the others down to zero, both linearly."""
+    """Linear warm-up in a tenth of the steps, then linear decay to zero."""
     return min((step + 1) / (0.1 * steps), (steps - step) / (0.9 * steps))
 
 
@@ -79,10 +79,10 @@ class Method:
     """One way to adapt the frozen model.
 
     Args:
-        config (`Callable`): A run in, a PEFT config out.
-        optimizer (`Callable`): The model and a learning rate in, an optimizer out.
-        learning_rate (`float`): Where a suite tries one only: the best of those tried on development tasks.
-        schedule (`Callable`, *optional*): The step and the number of steps in, a factor of the rate out.
+        config (`Callable`): Takes a run and returns a PEFT config.
+        optimizer (`Callable`): Takes a model and a learning rate and returns an optimizer.
+        learning_rate (`float`): The best one on development tasks, for suites with one rate per method.
+        schedule (`Callable`, *optional*): Takes the step and the number of steps and returns a factor of the rate.
     """
 
     config: Callable[[Run], PeftConfig]
@@ -91,8 +91,8 @@ class Method:
     schedule: Callable[[int, int], float] | None = None
 
 
-def _start(run: Run) -> dict[str, Any]:
-    """What says how a prompt starts, for PEFT's class and this package's alike."""
+def _init(run: Run) -> dict[str, Any]:
+    """Initialization fields, for the configs of PEFT and of this package."""
     if run.init != "TEXT":
         return {"prompt_tuning_init": run.init}
     text = TASKS[run.task].description
@@ -104,21 +104,21 @@ def _size(run: Run) -> dict[str, Any]:
 
 
 def prompt_tuning(run: Run) -> PeftConfig:
-    """PEFT's, in front of the encoder's input only."""
-    return PromptTuningConfig(num_transformer_submodules=1, **_size(run), **_start(run))
+    """PEFT's prompt tuning, in front of the encoder's input only."""
+    return PromptTuningConfig(num_transformer_submodules=1, **_size(run), **_init(run))
 
 
 def residual(**fields: Any) -> Method:
-    """Residual prompt tuning, all at one learning rate, with fields of its config."""
+    """Residual prompt tuning with one learning rate and the given config fields."""
 
     def config(run: Run) -> PeftConfig:
-        return ResidualPromptTuningConfig(prompt_tuning_init_seed=run.seed, **_size(run), **_start(run), **fields)
+        return ResidualPromptTuningConfig(prompt_tuning_init_seed=run.seed, **_size(run), **_init(run), **fields)
 
     return Method(config, residual_adamw())
 
 
 def at(learning_rate: float, method: Method, **changes: Any) -> Method:
-    """The method with the rate that suited it on development tasks, and other changes."""
+    """Return the method with its best rate on development tasks, and other changes."""
     return replace(method, learning_rate=learning_rate, **changes)
 
 
@@ -142,7 +142,7 @@ METHODS = {
     RECOMMENDED: at(0.3, residual(**PER_TOKEN)),
 }
 
-# Other ways to change the paper's form, and to train.
+# Variations of the network and of the training.
 SETTINGS = {
     "shared, M=128": at(0.3, residual(encoder_hidden_size=128)),
     "zero start": at(0.3, residual(**PER_TOKEN, encoder_zero_init=True)),

@@ -1,9 +1,9 @@
-"""The page and the pictures of what `learning.py` measured; nothing is trained here.
+"""Write the page and the plots for the measurements of `learning.py`, without training.
 
     python examples/benchmarks/learning_report.py docs --include README.md
 
-reads `docs/learning.json`, writes `learning.md` and its pictures beside it, and puts the summary into the README,
-between `<!-- learning -->` and `<!-- /learning -->`.
+reads `docs/learning.json`, writes `learning.md` and its plots to the same folder, and inserts the summary into the
+README, between `<!-- learning -->` and `<!-- /learning -->`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `embedded` is in examples/
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `embedded`
 
 from embedded.tasks import TASKS
 from learning_methods import PAPER, PLAIN, RECOMMENDED, ZERO_START
@@ -28,13 +28,13 @@ from matplotlib.figure import Figure
 
 
 def verdict(mean: float, width: float) -> str:
-    """A difference in words: its size, its interval, and a star where it is larger than the seeds' noise."""
+    """Format a difference with its interval, and a star if the interval does not contain zero."""
     star = "*" if abs(mean) > width else ""
     return f"{mean:+.1f} ± {width:.1f}{star}" if math.isfinite(width) else f"{mean:+.1f}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; all columns but the first are aligned to the right."""
+    """Format a Markdown table; all columns except the first are aligned to the right."""
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
 
@@ -98,7 +98,7 @@ def difference_table(rates: Measurements, methods: Sequence[str], rivals: Sequen
 
 
 def setting_table(found: Measurements, name: str, label: Callable[[Any], str] = str) -> str:
-    """One row per method, one column per value of a setting: mean over tasks, and over them of the seeds' spread."""
+    """One row per method, one column per value of a setting: mean, and standard deviation over seeds, over tasks."""
     values = list(dict.fromkeys(cell[name] for cell in found.cells))
     rows = []
     for method in found.methods:
@@ -110,7 +110,7 @@ def setting_table(found: Measurements, name: str, label: Callable[[Any], str] = 
 
 
 def change_table(settings: Measurements) -> str:
-    """One row per setting at its rate: each task, their mean, and how far it is from the recommended setting."""
+    """One row per setting at its rate: each task, their mean, and the difference from the recommended setting."""
     recommended = settings.at_best(RECOMMENDED)
     rows = []
     for method in settings.methods:
@@ -123,18 +123,20 @@ def change_table(settings: Measurements) -> str:
 
 
 def include(text: str, mark: str, content: str) -> str:
-    """Put content between `<!-- mark -->` and `<!-- /mark -->`.
+    """Insert content between `<!-- mark -->` and `<!-- /mark -->`.
 
     Raises:
-        ValueError: If the text does not have both marks.
+        ValueError: If a mark is missing.
     """
     pattern = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.DOTALL)
     if not pattern.search(text):
-        raise ValueError(f"No `<!-- {mark} -->` and `<!-- /{mark} -->` to put the table between. Add them.")
+        raise ValueError(
+            f"The marks `<!-- {mark} -->` and `<!-- /{mark} -->` are missing. Add them where the table belongs."
+        )
     return pattern.sub(lambda match: f"{match[1]}{content}\n{match[2]}", text)
 
 
-# --- pictures -------------------------------------------------------------------------------------------------------
+# --- plots ----------------------------------------------------------------------------------------------------------
 
 SHOWN = (PLAIN, "P-tuning", "SuperPos", PAPER, ZERO_START, RECOMMENDED)
 
@@ -281,7 +283,7 @@ Held-out tasks, each setting at one learning rate. "Zero start" is `encoder_zero
 
 
 def page(measured: dict[str, Any]) -> str:
-    """The page of tables, with links to the pictures."""
+    """Format the page of tables, with links to the plots."""
     found = {name: Measurements(suite) for name, suite in measured["suites"].items()}
     rates = found["rates"]
     rivals = [method for method in (PLAIN, "P-tuning", "SuperPos") if method in rates.methods]
@@ -313,11 +315,11 @@ def page(measured: dict[str, Any]) -> str:
 
 
 def write_report(folder: Path, includes: Sequence[Path] = ()) -> None:
-    """Write the page and the pictures of `folder/learning.json` beside it, and its summary into other pages.
+    """Write the page and the plots for `folder/learning.json` to the same folder, and the summary to other pages.
 
     Args:
-        folder (`Path`): Where the measurements are.
-        includes (`Sequence[Path]`): Markdown files that show the summary.
+        folder (`Path`): Folder of the measurements.
+        includes (`Sequence[Path]`): Markdown files that contain the summary.
     """
     measured = json.loads((folder / "learning.json").read_text())
     (folder / "learning.md").write_text(page(measured))
@@ -331,10 +333,10 @@ def write_report(folder: Path, includes: Sequence[Path] = ()) -> None:
 
 
 def main() -> None:
-    """Parse the options, write the report."""
+    """Parse the options and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, help="where learning.json is")
-    parser.add_argument("--include", type=Path, nargs="+", default=[], help="pages that show the summary")
+    parser.add_argument("folder", type=Path, help="folder of learning.json")
+    parser.add_argument("--include", type=Path, nargs="+", default=[], help="pages that contain the summary")
     options = parser.parse_args()
     write_report(options.folder, options.include)
 

@@ -1,4 +1,4 @@
-"""What the measurements of `learning.py` say: cells of a table, best rates, speed, paired differences."""
+"""Statistics of the measurements of `learning.py`: table cells, best rates, speed, paired differences."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from scipy import stats
 
 Record = dict[str, Any]
 
-# Settings of a run other than its seed: runs that share them are one cell of a table.
+# Settings of a run except its seed: runs with equal settings form one cell of a table.
 CELL = ("task", "method", "learning_rate", "tokens", "shots", "init", "steps", "batch_size")
 
 
 def cells(records: Iterable[Record]) -> list[Record]:
-    """Join runs that differ by their seed only: test accuracies by seed, the mean curve, the median time."""
+    """Join runs that differ only in their seed: test accuracies by seed, mean curve, median time."""
     groups: dict[tuple[Any, ...], list[Record]] = {}
     for record in records:
         groups.setdefault(tuple(record[name] for name in CELL), []).append(record)
@@ -42,7 +42,7 @@ def cells(records: Iterable[Record]) -> list[Record]:
 
 
 class Measurements:
-    """The cells of one suite, with the questions that its tables ask.
+    """The cells of one suite, with the statistics for its tables.
 
     Args:
         found (`list[dict]`): Cells of one suite.
@@ -56,11 +56,11 @@ class Measurements:
         self.seeds = self.cells[0]["seeds"] if self.cells else []
 
     def where(self, **wanted: Any) -> Measurements:
-        """The cells with these settings."""
+        """Select the cells with these settings."""
         return Measurements(cell for cell in self.cells if all(cell[name] == value for name, value in wanted.items()))
 
     def best(self, method: str, task: str) -> Record:
-        """The cell of a method's own best learning rate on a task: chosen on validation, the smallest of equals."""
+        """Return a method's cell at its best learning rate on a task, by validation; the smallest of equal rates."""
         candidates = self.where(method=method, task=task).cells
         return max(candidates, key=lambda cell: (cell["validation"], -cell["learning_rate"]))
 
@@ -83,9 +83,9 @@ class Measurements:
         return {task: [100 * a for a in self.best(method, task)["test"]] for task in self.tasks}
 
     def steps_to_plain(self, method: str) -> dict[str, float | None]:
-        """By task, the share of the steps that a method needs for plain prompt tuning's final validation accuracy.
+        """Return by task the share of steps that a method needs to reach prompt tuning's final validation accuracy.
 
-        Both at their own best rates, on mean curves; None where it is not reached.
+        Both methods at their own best rates, on mean curves. None if it is not reached.
         """
         shares: dict[str, float | None] = {}
         for task in self.tasks:
@@ -100,7 +100,7 @@ class Measurements:
 def difference(first: dict[str, list[float]], second: dict[str, list[float]]) -> tuple[float, float]:
     """Mean of the paired differences and the half width of their 95 % interval (Student's t over the seeds).
 
-    Pairs share task and seed, and so the training rows and their order; tasks are averaged first.
+    Pairs have the same task and seed, and therefore the same training rows and order. Tasks are averaged first.
     """
     by_seed = [
         statistics.mean(first[task][seed] - second[task][seed] for task in first)

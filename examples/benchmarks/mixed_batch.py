@@ -1,6 +1,6 @@
-"""Time a batch whose rows have different prompts: one call with `adapter_names` against one call for each adapter.
+"""Time a batch whose rows have different prompts: one call with `adapter_names`, or one call for each adapter.
 
-A Llama of width 256 with random weights; every call generates.
+The model is a Llama of width 256 with random weights. Every call generates.
 
     python examples/benchmarks/mixed_batch.py
     python examples/benchmarks/mixed_batch.py --new_tokens 1 --threads 2
@@ -21,15 +21,17 @@ from peft_residual import ResidualPromptTuningConfig
 
 @dataclass
 class BatchSettings(Settings):
-    repeats: int = field(default=5, metadata={"help": "Timed turns of each, after two that are dropped."})
-    adapters: int = field(default=8, metadata={"help": "Adapters, of 5, 10, 15, 20, 5, ... virtual tokens."})
-    rows: int = field(default=64, metadata={"help": "Rows in all."})
+    repeats: int = field(default=5, metadata={"help": "Timed turns of each method, after two warm-up turns."})
+    adapters: int = field(
+        default=8, metadata={"help": "Number of adapters, with 5, 10, 15, 20, 5, ... virtual tokens."}
+    )
+    rows: int = field(default=64, metadata={"help": "Total number of rows."})
     length: int = field(default=12, metadata={"help": "Tokens of each row."})
     new_tokens: int = field(default=32, metadata={"help": "Tokens to generate."})
 
 
 def build_model(settings: BatchSettings) -> PeftModel:
-    """A frozen base with adapters of different lengths."""
+    """Build a frozen model with adapters of different lengths."""
     sizes = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=8000, num_key_value_heads=4, **sizes)).to(settings.device)
     for number in range(settings.adapters):
@@ -45,7 +47,7 @@ def build_model(settings: BatchSettings) -> PeftModel:
 
 
 def measure(settings: BatchSettings) -> Comparison:
-    """Check that both give the same, and time them."""
+    """Check that both methods compute the same, and time them."""
     torch.manual_seed(SEED)
     model = build_model(settings)
     ids = torch.randint(3, 8000, (settings.rows, settings.length), device=settings.device)

@@ -1,6 +1,6 @@
-"""Time a causal model's prefill behind a prompt: PEFT prompt tuning against the exported prefix and the prompt cache.
+"""Time the prefill of a decoder-only model: PEFT's prompt tuning, the exported prefix and the prompt cache.
 
-The text alone, without any prompt, is timed too: no way to serve a prompt can take less.
+The text alone, without a prompt, is timed as well, as a lower bound.
 
     python examples/benchmarks/prefix_prefill.py
     python examples/benchmarks/prefix_prefill.py --prompt 20 --text 64 --threads 1
@@ -23,19 +23,19 @@ from peft_residual import ResidualPromptTuningConfig, save_as_prefix_tuning, sav
 
 @dataclass
 class PrefillSettings(Settings):
-    repeats: int = field(default=30, metadata={"help": "Timed turns of each, after two that are dropped."})
+    repeats: int = field(default=30, metadata={"help": "Timed turns of each method, after two warm-up turns."})
     prompt: int = field(default=100, metadata={"help": "Virtual tokens, P."})
     text: int = field(default=12, metadata={"help": "Input tokens."})
     width: int = field(default=256, metadata={"help": "Hidden size of the Llama."})
     layers: int = field(default=6, metadata={"help": "Layers of the Llama."})
-    vocabulary: int = field(default=32000, metadata={"help": "Words of the Llama."})
+    vocabulary: int = field(default=32000, metadata={"help": "Vocabulary size of the Llama."})
     last_logits: bool = field(
-        default=False, metadata={"help": "Logits of the last token only, as in generation; else of all."}
+        default=False, metadata={"help": "Compute only the logits of the last token, as in generation."}
     )
 
 
 def build_models(settings: PrefillSettings, folder: str) -> dict[str, nn.Module]:
-    """One residual prompt: merged and exported for stock PEFT, loaded, and with its keys and values kept."""
+    """Build models with the same prompt: merged, loaded, exported as a prefix, and with a prompt cache."""
     config = LlamaConfig(
         vocab_size=settings.vocabulary,
         hidden_size=settings.width,
@@ -62,13 +62,13 @@ def build_models(settings: PrefillSettings, folder: str) -> dict[str, nn.Module]
 
 @torch.no_grad()
 def measure(settings: PrefillSettings) -> Comparison:
-    """Check that all ways compute the same, and time them."""
+    """Check that all methods compute the same, and time them."""
     torch.manual_seed(SEED)
     with tempfile.TemporaryDirectory() as folder:
         models = build_models(settings, folder)
     ids = torch.randint(3, settings.vocabulary, (1, settings.text), device=settings.device)
     kept = {name: {"logits_to_keep": 1} if settings.last_logits else {} for name in models}
-    if not settings.last_logits:  # what the others, but for prompt tuning, give anyway
+    if not settings.last_logits:  # as all others except prompt tuning
         kept["prompt cache"] = {"logits_to_keep": settings.text}
 
     def logits(name: str) -> Tensor:

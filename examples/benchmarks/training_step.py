@@ -1,7 +1,7 @@
-"""Time and peak memory of a training step: residual prompt tuning against prompt tuning, P-tuning and LoRA of PEFT.
+"""Measure time and peak memory of a training step, compared to PEFT's prompt tuning, P-tuning and LoRA.
 
-Random weights of a real model's size, the same batch, AdamW; the steps of all take turns. Peak memory is that of a
-process of its own for each method (of the GPU where one is used).
+The models have random weights and the size of real ones. All methods use AdamW and the same batch, and take turns.
+Peak memory is measured in a separate process for each method (GPU memory, if a GPU is used).
 
     python examples/benchmarks/training_step.py
     python examples/benchmarks/training_step.py --size gpt2-small --dtype bfloat16 --device cuda --compile
@@ -60,20 +60,22 @@ class StepSettings(Settings):
         default="t5-small", metadata={"help": "Size of the model."}
     )
     methods: list[str] = field(
-        default_factory=lambda: list(METHODS[:2]), metadata={"help": "What to compare.", "choices": METHODS}
+        default_factory=lambda: list(METHODS[:2]), metadata={"help": "Methods to compare.", "choices": METHODS}
     )
     tokens: int = field(default=100, metadata={"help": "Virtual tokens, P."})
     hidden: int = field(default=800, metadata={"help": "Hidden layer, M."})
     batch_size: int = field(default=8, metadata={"help": "Rows."})
     length: int = field(default=128, metadata={"help": "Tokens of each row."})
-    dtype: str = field(default="float32", metadata={"help": "Type of the frozen model."})
+    dtype: str = field(default="float32", metadata={"help": "Dtype of the frozen model."})
     compile: bool = field(default=False, metadata={"help": "Compile the model."})
-    memory: bool = field(default=True, metadata={"help": "Measure peak memory, in a process for each method."})
-    print_memory: bool = field(default=False, metadata={"help": "What those processes are told."})
+    memory: bool = field(
+        default=True, metadata={"help": "Measure peak memory, in a separate process for each method."}
+    )
+    print_memory: bool = field(default=False, metadata={"help": "Used internally by these processes."})
 
 
 def make_config(method: str, settings: StepSettings) -> PeftConfig:
-    """A method's configuration; all prompts have the same length, all networks the same width."""
+    """Create the config of a method; all prompts have the same length, all networks the same width."""
     task_type = SIZES[settings.size][0]
     if method == "LoRA":
         return LoraConfig(task_type=task_type, r=8)
@@ -92,7 +94,7 @@ def make_optimizer(model: PeftModel) -> torch.optim.Optimizer:
 
 
 def make_step(method: str, settings: StepSettings) -> Callable[[], None]:
-    """Build the model of a method; returns what runs one training step."""
+    """Build the model of a method, and return a function that runs one training step."""
     torch.manual_seed(SEED)
     task_type, build = SIZES[settings.size]
     base = build().to(settings.device, getattr(torch, settings.dtype))
@@ -113,7 +115,7 @@ def make_step(method: str, settings: StepSettings) -> Callable[[], None]:
 
 
 def peak_memory(method: str, settings: StepSettings) -> float:
-    """Peak memory in MiB of three steps in this process."""
+    """Return the peak memory of three steps in this process, in MiB."""
     step = make_step(method, settings)
     for _ in range(3):
         step()
@@ -124,7 +126,7 @@ def peak_memory(method: str, settings: StepSettings) -> float:
 
 
 def peak_memory_alone(method: str, settings: StepSettings) -> float:
-    """Peak memory in MiB of three steps in a process of their own."""
+    """Return the peak memory of three steps in a separate process, in MiB."""
     told = {**asdict(settings), "print_memory": True, "methods": method}
     command = [sys.executable, "-W", "ignore", __file__, *(f"--{name}={value}" for name, value in told.items())]
     printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -132,7 +134,7 @@ def peak_memory_alone(method: str, settings: StepSettings) -> float:
 
 
 def measure(settings: StepSettings) -> Comparison:
-    """Time the steps of all methods in turns, then run each in a process of its own for its memory."""
+    """Time the steps of all methods in turns, then measure the memory of each in a separate process."""
     steps = {method: make_step(method, settings) for method in settings.methods}
     times = take_turns(steps, settings)
     memory = {}
@@ -144,7 +146,7 @@ def measure(settings: StepSettings) -> Comparison:
 
 
 def main() -> None:
-    """Measure, or in a process of its own print one method's memory."""
+    """Measure, or (in a separate process) print the memory of one method."""
     settings = parse(StepSettings, __doc__)
     if settings.print_memory:
         print(peak_memory(settings.methods[0], settings))

@@ -1,4 +1,4 @@
-"""What the benchmarks share: rivals that take turns in one loop, their medians, and a table of them."""
+"""Shared by the benchmarks: time several methods in turns, compare their medians, and format a table."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ SEED = 0
 
 @dataclass
 class Settings:
-    """Settings of every benchmark; each adds its own."""
+    """Settings of every benchmark; each one adds its own."""
 
     threads: int = field(default=2, metadata={"help": "CPU threads."})
     device: str = field(default="cpu", metadata={"help": "cpu or cuda."})
-    repeats: int = field(default=15, metadata={"help": "Timed turns of each rival, after two that are dropped."})
+    repeats: int = field(default=15, metadata={"help": "Timed turns of each method, after two warm-up turns."})
 
 
 SettingsType = TypeVar("SettingsType", bound=Settings)
 
 
 def parse(settings: type[SettingsType], description: str) -> SettingsType:
-    """Read the command line and set the number of threads."""
+    """Parse the command line and set the number of threads."""
     (parsed,) = HfArgumentParser(settings, description=description.splitlines()[0]).parse_args_into_dataclasses()
     torch.set_num_threads(parsed.threads)
     return parsed
@@ -38,14 +38,14 @@ def parse(settings: type[SettingsType], description: str) -> SettingsType:
 
 @dataclass
 class Comparison:
-    """What rivals took that did the same work in turns; the others are divided by the first.
+    """Times and memory of methods that did the same work in turns; ratios are relative to the first method.
 
     Attributes:
-        title (`str`): What was run, with its sizes.
+        title (`str`): The workload and its sizes.
         settings ([`Settings`]): All settings.
-        times (`dict[str, list[float]]`): Milliseconds of each turn, by rival.
-        memory (`dict[str, float]`): Peak memory in MiB, by rival, if it was measured.
-        difference (`float`, *optional*): How far apart the rivals' results are, relative to the largest number.
+        times (`dict[str, list[float]]`): Milliseconds of each turn, by method.
+        memory (`dict[str, float]`): Peak memory in MiB, by method, if it was measured.
+        difference (`float`, *optional*): Largest difference between results, relative to the largest value.
     """
 
     title: str
@@ -60,23 +60,23 @@ class Comparison:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Each median over the first rival's."""
+        """Each median divided by the median of the first method."""
         return over_first(self.medians)
 
     @property
     def spreads(self) -> dict[str, tuple[float, float]]:
-        """The quotients of single turns, the middle half of them: neighbours in time share the machine's moods."""
+        """Interquartile ranges of the ratios within single turns, in which the machine's state is similar."""
         first = next(iter(self.times.values()))
         return {rival: _middle_half([t / f for t, f in zip(times, first)]) for rival, times in self.times.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, for `json.dump`."""
+        """Return everything as a dict for `json.dump`."""
         derived = {"medians": self.medians, "ratios": self.ratios, "spreads": self.spreads}
         return {**asdict(self), **derived, "memory_ratios": over_first(self.memory)}
 
 
 def over_first(values: Mapping[str, float]) -> dict[str, float]:
-    """Every value divided by the first one."""
+    """Divide every value by the first one."""
     return {name: value / next(iter(values.values())) for name, value in values.items()}
 
 
@@ -90,15 +90,15 @@ def _middle_half(values: list[float]) -> tuple[float, float]:
 def take_turns(
     rivals: Mapping[str, Callable[[], object]], settings: Settings, prepare: Callable[[], object] = lambda: None
 ) -> dict[str, list[float]]:
-    """Time each rival once per turn, back and forth so that none always runs behind the same other one.
+    """Time each method once per turn. Every other turn is reversed, so that no method always follows the same one.
 
     Args:
-        rivals (`Mapping[str, Callable]`): What to time, by name.
-        settings ([`Settings`]): How often, on which device.
-        prepare (`Callable`): Called before each, off the clock.
+        rivals (`Mapping[str, Callable]`): The functions to time, by name.
+        settings ([`Settings`]): Number of turns, and the device.
+        prepare (`Callable`): Called before each function; not timed.
 
     Returns:
-        `dict[str, list[float]]`: Milliseconds of each turn, without the first turns, which allocate and compile.
+        `dict[str, list[float]]`: Milliseconds of each turn, without the warm-up turns, which allocate and compile.
     """
     times: dict[str, list[float]] = {name: [] for name in rivals}
     for turn in tqdm(range(settings.repeats + WARM_UPS), desc="turns", leave=False):
@@ -114,19 +114,19 @@ def take_turns(
 
 
 def synchronize(device: str) -> None:
-    """Wait for the GPU, if it is one."""
+    """Wait for the GPU, if one is used."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
 def relative_difference(tensors: Iterable[torch.Tensor]) -> float:
-    """How far tensors are from the first of them, relative to its largest number."""
+    """Return the largest difference of tensors from the first one, relative to its largest value."""
     first, *others = tensors
     return max(((other - first).abs().max() / first.abs().max()).item() for other in others)
 
 
 def table(*comparisons: Comparison) -> str:
-    """A Markdown table with a row for each rival of each comparison."""
+    """Format a Markdown table with a row for each method of each comparison."""
     has_memory = any(comparison.memory for comparison in comparisons)
     columns = ["", "", "median, ms", "fastest", "times the first", "single turns, middle half"]
     columns += ["peak, MiB", "times the first"] if has_memory else []
@@ -146,7 +146,7 @@ def table(*comparisons: Comparison) -> str:
 
 
 def report(comparison: Comparison) -> None:
-    """Print a comparison and what it was measured with."""
+    """Print a comparison with its settings."""
     settings = comparison.settings
     print(f"torch {torch.__version__}, {settings.device}, {settings.threads} CPU threads, seed {SEED}")
     print(f"median of {settings.repeats} turns\n\n{table(comparison)}")

@@ -1,8 +1,8 @@
-"""The script that the others in this folder start from: one residual prompt for one task of the embedded model.
+"""Train one residual prompt for one task of the embedded model; the other scripts in this folder build on this one.
 
     python examples/by_feature/base.py [--smoke]
 
-Each of the others repeats `main` and marks what it adds with `# New:`. Data, settings and the Trainer are made here.
+The others repeat `main` and mark what they add with `# New:`. They import data, settings and Trainer from here.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `common` and `embedded` are in the folder above
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `common` and `embedded`
 
 import torch
 import transformers
@@ -28,7 +28,7 @@ from common import (
 )
 from datasets import DatasetDict
 from embedded.tasks import MODEL, TASKS, load_task
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -46,13 +46,13 @@ from peft_residual import (
 )
 
 
-# Settings may be chosen on these; the others are for one last look.
+# The other tasks are held out: no setting may be chosen by their results.
 DEVELOPMENT_TASKS = [name for name, task in TASKS.items() if task.development]
 
 
 @dataclass
 class TaskArguments(Arguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
     model: str = field(default=str(MODEL), metadata={"help": "Encoder-decoder model: a folder or a Hub id."})
     task: str = field(default="sentiment", metadata={"help": f"One of {', '.join(DEVELOPMENT_TASKS)}."})
@@ -61,7 +61,7 @@ class TaskArguments(Arguments):
 
 
 def load_data(args: TaskArguments, tokenizer, task: str) -> DatasetDict:
-    """The tokenized splits of a task."""
+    """Load and tokenize the splits of a task."""
     if task not in DEVELOPMENT_TASKS:
         sys.exit(f"There is no task {task!r} for development. Choose one of {', '.join(DEVELOPMENT_TASKS)}.")
     data = load_task(task, seed=args.seed)
@@ -77,7 +77,7 @@ def load_data(args: TaskArguments, tokenizer, task: str) -> DatasetDict:
 
 
 def make_config(args: TaskArguments, **changes) -> ResidualPromptTuningConfig:
-    """The prompt's configuration."""
+    """Create the prompt's configuration; `changes` replace its defaults."""
     values = {
         "task_type": "SEQ_2_SEQ_LM",
         "num_virtual_tokens": args.num_virtual_tokens,
@@ -90,9 +90,9 @@ def make_config(args: TaskArguments, **changes) -> ResidualPromptTuningConfig:
 def make_trainer(
     args: TaskArguments, model, data: DatasetDict, tokenizer, optimizer, callbacks=(), **changes
 ) -> Seq2SeqTrainer:
-    """A Trainer that scores generated texts; `changes` are to its settings.
+    """Create a Trainer that scores generated texts; `changes` replace its default arguments.
 
-    It takes an optimizer, since `Seq2SeqTrainer`, unlike `Trainer`, has no `optimizer_cls_and_kwargs`.
+    It takes an optimizer because `Seq2SeqTrainer`, unlike `Trainer`, has no `optimizer_cls_and_kwargs`.
     """
     transformers.set_seed(args.seed)  # the order of rows
     settings = {
@@ -115,13 +115,18 @@ def make_trainer(
 
 
 def test_score(args: TaskArguments, model, data: DatasetDict, tokenizer) -> float:
-    """Exact match on the test split, of the adapter that is active."""
+    """Compute exact match on the test split with the active adapter."""
     trainer = make_trainer(args, model, data, tokenizer, optimizer=None)
     return trainer.evaluate(data["test"])["eval_exact_match"]
 
 
+def load_merged(args: TaskArguments, merged: Path) -> PeftModel:
+    """Load a merged adapter; PEFT alone is enough."""
+    return PeftModel.from_pretrained(AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32), merged)
+
+
 def base_code(args: TaskArguments) -> str:
-    """The expression that loads the frozen model, to print."""
+    """Return the expression that loads the frozen model, for printing."""
     return f"AutoModelForSeq2SeqLM.from_pretrained({args.model!r})"
 
 
@@ -146,10 +151,13 @@ def main() -> None:
     # Evaluate
     print(f"\ntest exact match: {test_score(args, model, data, tokenizer):.1%}")
 
-    # Save, merge
+    # Save: the adapter, and the projected prompt alone, which PEFT loads without this package
     adapter, merged = args.output_dir / "adapter", args.output_dir / "merged"
     model.save_pretrained(adapter)
     save_as_prompt_tuning(model, merged)
+
+    # Reload
+    print(f"test exact match after reloading: {test_score(args, load_merged(args, merged), data, tokenizer):.1%}")
     print_saved(adapter, merged, base_code(args))
 
 

@@ -1,10 +1,10 @@
-"""A sequence of tasks: each gets a new prompt behind the frozen prompts of those before it.
+"""A sequence of tasks: each one gets a new prompt after the frozen prompts of the earlier tasks.
 
     python examples/by_feature/progressive_prompts.py [--smoke]
 
-Progressive Prompts (Razdaibiedina et al., ICLR 2023, arXiv:2301.12314), with new prompts behind earlier ones. A later
-task can use what earlier prompts make the model do, and nothing is forgotten: earlier prompts never change, and the
-first rows of the last prompt are the prompts of all earlier tasks.
+Progressive Prompts (Razdaibiedina et al., ICLR 2023, arXiv:2301.12314), except that new prompts are appended. A later
+task can use what earlier prompts have learned, and nothing is forgotten: earlier prompts never change, and the first
+rows of the last prompt are the prompts of all earlier tasks.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from peft_residual.networks import MLP
 
 @dataclass
 class ProgressiveArguments(TaskArguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
-    # New: the order of tasks
+    # New: the tasks
     tasks: list[str] = field(
         default_factory=lambda: ["entailment", "word_in_context", "question_answering"],
         metadata={"help": "Tasks, in order."},
@@ -43,10 +43,10 @@ class ProgressiveArguments(TaskArguments):
     output_dir: Path = field(default=Path("build/by_feature/progressive_prompts"), metadata={"help": "Output folder."})
 
 
-# New: earlier prompts are buffers of a network, so they are saved and loaded with it, and no optimizer sees them
+# New: earlier prompts are buffers of a custom network, so they are saved and loaded with it, but not trained
 @register_reparameterization("PROGRESSIVE")
 class Progressive(nn.Module):
-    """Rows of earlier prompts as they are; `E + MLP(E)` in the rows behind them."""
+    """Return earlier prompts unchanged in the first rows, and `E + MLP(E)` in the rows after them."""
 
     def __init__(self, config):
         super().__init__()
@@ -56,7 +56,7 @@ class Progressive(nn.Module):
         self.register_buffer("is_earlier", torch.zeros(rows, 1, dtype=torch.bool))
 
     def keep(self, prompt: torch.Tensor) -> None:
-        """Make a prompt `[rows, H]` the first rows, for good."""
+        """Store an earlier prompt `[rows, H]` as the first rows."""
         self.earlier[: len(prompt)] = prompt
         self.is_earlier[: len(prompt)] = True
 
@@ -67,7 +67,9 @@ class Progressive(nn.Module):
 def main() -> None:
     args = parse(ProgressiveArguments)
     if len(set(args.tasks)) < len(args.tasks):
-        sys.exit(f"--tasks {' '.join(args.tasks)} names a task twice. Name each once: folders are called by the task.")
+        sys.exit(
+            f"--tasks {' '.join(args.tasks)} names a task twice. Name each task once: folders are named after tasks."
+        )
     make_output_dir(args)
 
     # Data
@@ -81,14 +83,14 @@ def main() -> None:
         base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
         config = make_config(
             args,
-            num_virtual_tokens=number * args.num_virtual_tokens,  # New: room for the earlier ones
-            prompt_tuning_init_seed=args.seed + number,  # or each new prompt would start as the one before it
+            num_virtual_tokens=number * args.num_virtual_tokens,  # New: includes the earlier prompts
+            prompt_tuning_init_seed=args.seed + number,  # otherwise all prompts would be initialized alike
             encoder_reparameterization_type="PROGRESSIVE",
-            encoder_residual=False,  # the network adds the skip itself, in the new rows
+            encoder_residual=False,  # the network adds the skip itself, for the new rows only
         )
         model = get_peft_model(base, config)
         disable_base_dropout(model)
-        # New: what earlier tasks have learned
+        # New: the prompts of earlier tasks
         if earlier is not None:
             model.prompt_encoder["default"].network.keep(earlier)
 
@@ -101,17 +103,18 @@ def main() -> None:
         # Evaluate
         scores[task] = test_score(args, model, data[task], tokenizer)
 
-        # Save, merge
+        # Save
         model.save_pretrained(args.output_dir / "adapters" / task)
         save_as_prompt_tuning(model, args.output_dir / "merged" / task)
 
-        # New: the next task starts behind all of it
+        # New: the next task's prompt comes after this one
         prompt = get_prompt_tensor(model)
         if earlier is not None and not torch.equal(prompt[: len(earlier)], earlier):
             sys.exit("Earlier prompts have changed.")
         earlier = prompt
 
-    # New: each task, loaded from its folder after all have been trained
+    # Reload
+    # New: evaluate each task again, after all of them have been trained
     print(f"\n{'task':20} {'tokens':>6} {'then':>8} {'now':>8}  first rows of the last prompt")
     for task in args.tasks:
         fresh = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)

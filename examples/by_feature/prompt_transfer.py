@@ -1,12 +1,12 @@
-"""Start a prompt from another task's prompt, and see how many steps that saves.
+"""Initialize a prompt from another task's prompt, and count the training steps that this saves.
 
     python examples/by_feature/prompt_transfer.py [--smoke]
     python examples/by_feature/prompt_transfer.py --source entailment --task majority \\
         --max_steps 150 --eval_steps 25 --target_score 0.8
 
-The prompt of `--source` as the frozen model saw it (network included) becomes the raw prompt of `--task`, with a fresh
-network (SPoT: Vu et al., ACL 2022, with a network on top). Whether it helps depends on the tasks: with seed 0 the
-first command reaches 90 % after 12 steps instead of 21, the second reaches 80 % after 150 steps from either start.
+The projected prompt of `--source` becomes the prompt embedding of `--task`, with a new network (SPoT: Vu et al., ACL
+2022, plus a network). Whether this helps depends on the tasks. With seed 0, the first command reaches 90 % after 12
+steps instead of 21; the second one reaches 80 % after 150 steps with either initialization.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from base import TaskArguments, base_code, load_data, make_config, make_trainer, test_score
+from base import TaskArguments, base_code, load_data, load_merged, make_config, make_trainer, test_score
 from common import make_output_dir, parse, print_saved
 from peft import get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -25,25 +25,27 @@ from peft_residual import create_residual_optimizer, disable_base_dropout, save_
 
 @dataclass
 class TransferArguments(TaskArguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
-    # New: where to start from, and what to count
-    task: str = field(default="word_in_context", metadata={"help": "The task that is learned from both starts."})
-    source: str = field(default="entailment", metadata={"help": "The task whose prompt is the start."})
-    target_score: float = field(default=0.9, metadata={"help": "Steps are counted until this exact match."})
-    eval_steps: int = field(default=3, metadata={"help": "Steps between two looks at the validation split."})
-    max_steps: int = field(default=30, metadata={"help": "Steps of each training."})
+    # New: the source task, and until when steps are counted
+    task: str = field(
+        default="word_in_context", metadata={"help": "The task that is trained with both initializations."}
+    )
+    source: str = field(default="entailment", metadata={"help": "The task whose prompt is used for initialization."})
+    target_score: float = field(default=0.9, metadata={"help": "Steps are counted until this exact match is reached."})
+    eval_steps: int = field(default=3, metadata={"help": "Steps between evaluations on the validation split."})
+    max_steps: int = field(default=30, metadata={"help": "Training steps of each run."})
     output_dir: Path = field(default=Path("build/by_feature/prompt_transfer"), metadata={"help": "Output folder."})
 
 
-def train(args: TransferArguments, task: str, name: str, tokenizer, **start):
-    """Train a prompt for a task; return the model, the data, and exact match by step on the validation split."""
+def train(args: TransferArguments, task: str, name: str, tokenizer, **init):
+    """Train a prompt for a task, and return the model, the data, and exact match on the validation split by step."""
     # Data
     data = load_data(args, tokenizer, task)
 
     # Model, config
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
-    model = get_peft_model(base, make_config(args, **start))
+    model = get_peft_model(base, make_config(args, **init))
     disable_base_dropout(model)
 
     # Train
@@ -61,23 +63,23 @@ def main() -> None:
     make_output_dir(args)
     tokenizer = AutoTokenizer.from_pretrained(args.model)
 
-    # New: the source's prompt
+    # New: train the prompt of the source task
     source = args.output_dir / "source"
     model, _, _ = train(args, args.source, f"source: {args.source}", tokenizer)
     model.save_pretrained(source)
 
-    # New: the same task from the vocabulary and from that prompt
-    starts = {
+    # New: train the task twice, initialized from the vocabulary and from that prompt
+    inits = {
         "vocabulary": {},
         args.source: {"prompt_tuning_init": "PROMPT", "prompt_tuning_init_state_dict_path": str(source)},
     }
     curves, scores = {}, {}
-    for name, start in starts.items():
-        model, data, curves[name] = train(args, args.task, f"{args.task}, from: {name}", tokenizer, **start)
+    for name, init in inits.items():
+        model, data, curves[name] = train(args, args.task, f"{args.task}, from: {name}", tokenizer, **init)
         # Evaluate
         scores[name] = test_score(args, model, data, tokenizer)
 
-    # Save, merge: the last model, which started from the source's prompt
+    # Save the last model, which was initialized from the source's prompt
     adapter, merged = args.output_dir / "adapter", args.output_dir / "merged"
     model.save_pretrained(adapter)
     save_as_prompt_tuning(model, merged)
@@ -89,6 +91,9 @@ def main() -> None:
     for name, curve in curves.items():
         reached = next((f"step {step}" for step, score in curve.items() if score >= args.target_score), "not reached")
         print(f"{args.target_score:.0%} from {name}: {reached}")
+
+    # Reload
+    print(f"test exact match after reloading: {test_score(args, load_merged(args, merged), data, tokenizer):.1%}")
     print_saved(adapter, merged, base_code(args))
 
 

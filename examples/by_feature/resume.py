@@ -1,8 +1,8 @@
-"""Go on after an interruption as if there had been none: the same weights, to the last bit.
+"""Resume an interrupted training run: the final weights are bit-identical to those of an uninterrupted run.
 
     python examples/by_feature/resume.py [--smoke]
 
-trains once without and once with an interruption, and compares. Ctrl-C at any time says how to go on:
+trains once without and once with an interruption, and compares the weights. Ctrl-C prints the command that resumes:
 
     python examples/by_feature/resume.py --resume_from build/by_feature/resume/interrupted
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from base import TaskArguments, base_code, load_data, make_config, make_trainer, test_score
+from base import TaskArguments, base_code, load_data, load_merged, make_config, make_trainer, test_score
 from common import make_output_dir, parse, print_saved
 from peft import get_peft_model
 from safetensors.torch import load_file
@@ -27,34 +27,34 @@ from peft_residual import create_residual_optimizer, disable_base_dropout, save_
 
 @dataclass
 class ResumeArguments(TaskArguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
-    # New: where to go on
-    resume_from: Path | None = field(default=None, metadata={"help": "Folder of an interrupted run, to go on with."})
+    # New: the run to resume
+    resume_from: Path | None = field(default=None, metadata={"help": "Folder of the interrupted run to resume."})
     output_dir: Path = field(default=Path("build/by_feature/resume"), metadata={"help": "Output folder."})
 
 
-# New: stands for a crash, or for a job that is stopped
+# New: simulates a crash or a stopped job
 class Interrupt(TrainerCallback):
-    """Stops at the first checkpoint of the second half."""
+    """Stop at the first checkpoint in the second half of the training."""
 
     def on_save(self, args, state, control, **kwargs):
         control.should_training_stop = state.global_step >= args.max_steps // 2
 
 
 def last_checkpoint(folder: Path) -> str:
-    """The newest checkpoint that holds all that training needs to go on."""
+    """Find the last checkpoint in a folder, and check that it has everything that resuming needs."""
     checkpoint = get_last_checkpoint(folder) if folder.is_dir() else None
     if checkpoint is None:
         sys.exit(f"--resume_from {folder} holds no checkpoint (checkpoint-<step>). Name the folder of a run.")
     for name in ("trainer_state.json", "optimizer.pt", "adapter_model.safetensors"):
         if not Path(checkpoint, name).is_file():
-            sys.exit(f"{checkpoint} has no {name}: it is half written, or holds no state to go on from. Remove it.")
+            sys.exit(f"{checkpoint} has no {name}: it is incomplete or has no training state. Delete it.")
     return checkpoint
 
 
 def train(args: ResumeArguments, data, tokenizer, folder: Path, checkpoint: str | None = None, callbacks=()):
-    """Train with a fresh model and a fresh Trainer, as a new process has them."""
+    """Train with a new model and a new Trainer, as in a new process."""
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
     model = get_peft_model(base, make_config(args))
     disable_base_dropout(model)
@@ -64,10 +64,10 @@ def train(args: ResumeArguments, data, tokenizer, folder: Path, checkpoint: str 
         trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         if get_last_checkpoint(folder) is None:
-            print("\nInterrupted before the first checkpoint: nothing to go on with.")
+            print("\nInterrupted before the first checkpoint: there is nothing to resume from.")
         else:
             command = [option for option in sys.argv if option != "--overwrite"]
-            print("\nInterrupted. To go on:\n    python", shlex.join([*command, "--resume_from", str(folder)]))
+            print("\nInterrupted. To resume:\n    python", shlex.join([*command, "--resume_from", str(folder)]))
         sys.exit(130)
     return model
 
@@ -83,16 +83,16 @@ def main() -> None:
 
     # Model, config, train
     if args.resume_from is not None:
-        # New: this is all that a resumed run does
+        # New: this is all that resuming takes
         folder = args.resume_from
         model = train(args, data, tokenizer, folder, last_checkpoint(folder))
     else:
-        # New: both ways, to compare
+        # New: train with and without an interruption
         straight, folder = args.output_dir / "straight", args.output_dir / "interrupted"
         train(args, data, tokenizer, straight)
         train(args, data, tokenizer, folder, callbacks=[Interrupt()])
         checkpoint = last_checkpoint(folder)
-        print(f"\nInterrupted. A new model and a new Trainer go on from {checkpoint}.")
+        print(f"\nInterrupted. A new model and a new Trainer resume from {checkpoint}.")
         model = train(args, data, tokenizer, folder, checkpoint)
         one, other = (
             load_file(f / f"checkpoint-{args.max_steps}/adapter_model.safetensors") for f in (straight, folder)
@@ -105,10 +105,13 @@ def main() -> None:
     # Evaluate
     print(f"\ntest exact match: {test_score(args, model, data, tokenizer):.1%}")
 
-    # Save, merge
+    # Save
     adapter, merged = folder / "adapter", folder / "merged"
     model.save_pretrained(adapter)
     save_as_prompt_tuning(model, merged, overwrite=True)
+
+    # Reload
+    print(f"test exact match after reloading: {test_score(args, load_merged(args, merged), data, tokenizer):.1%}")
     print_saved(adapter, merged, base_code(args))
 
 

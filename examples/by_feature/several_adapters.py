@@ -1,4 +1,4 @@
-"""Several prompts on one frozen model: train one after the other, keep all, switch between them.
+"""Several prompts on one frozen model: train them one after the other, and switch between them.
 
 python examples/by_feature/several_adapters.py [--smoke]
 """
@@ -20,7 +20,7 @@ from peft_residual import create_residual_optimizer, disable_base_dropout, save_
 
 @dataclass
 class AdaptersArguments(TaskArguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
     # New: a second task
     second_task: str = field(default="entailment", metadata={"help": "The task of the second prompt."})
@@ -31,27 +31,27 @@ def main() -> None:
     args = parse(AdaptersArguments)
     if args.task == args.second_task:
         sys.exit(
-            f"--task and --second_task are both {args.task!r}. Name two tasks: each adapter is called by its task."
+            f"--task and --second_task are both {args.task!r}. Name two tasks: each adapter is named after its task."
         )
     make_output_dir(args)
 
     # Data
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    # New: a data set per adapter
+    # New: a data set for each adapter
     data = {task: load_data(args, tokenizer, task) for task in (args.task, args.second_task)}
 
     # Model, config
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
-    # New: adapters have names; the second has a seed of its own, or both would start alike
+    # New: adapters have names; with another seed, the second one is not initialized like the first
     model = get_peft_model(base, make_config(args), adapter_name=args.task)
     model.add_adapter(args.second_task, make_config(args, prompt_tuning_init_seed=args.seed + 1))
     disable_base_dropout(model)
 
     # Train
-    # New: the active adapter is the one that is trained, used and evaluated; `set_adapter` freezes the others
+    # New: the active adapter is trained and evaluated; `set_adapter` freezes the others
     for task in data:
         model.set_adapter(task)
-        # The Trainer finds the best checkpoint of an adapter named "default" only, so the last state is kept.
+        # The Trainer can reload the best checkpoint only of an adapter named "default", so the last state is kept.
         optimizer = create_residual_optimizer(model, learning_rate=args.learning_rate)
         settings = {"save_strategy": "no", "load_best_model_at_end": False}
         trainer = make_trainer(args, model, data[task], tokenizer, optimizer, **settings)
@@ -63,14 +63,15 @@ def main() -> None:
         model.set_adapter(task)
         scores[task] = test_score(args, model, data[task], tokenizer)
 
-    # Save, merge
-    # New: one folder for all, with a folder for each
+    # Save
+    # New: one folder with a subfolder for each adapter
     folder = args.output_dir / "adapters"
     model.save_pretrained(folder)
     for task in data:
         save_as_prompt_tuning(model, args.output_dir / "merged" / task, adapter_name=task)
 
-    # New: both on one fresh model
+    # Reload
+    # New: both adapters on one new model
     fresh = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(fresh, folder / args.task, adapter_name=args.task)
     loaded.load_adapter(folder / args.second_task, adapter_name=args.second_task)

@@ -1,9 +1,10 @@
-"""A learning rate for the prompt and one for the network that it is trained through.
+"""One learning rate for the prompt embedding and another one for the network.
 
     python examples/by_feature/two_learning_rates.py [--smoke]
 
-The Trainer logs the rate of the first group only; a callback logs all. In a `Trainer` (not `Seq2SeqTrainer`) the same
-goes by `optimizer_cls_and_kwargs=(ResidualOptimizerFactory, {"learning_rate": 0.3, "encoder_learning_rate": 0.01})`.
+The Trainer only logs the learning rate of the first parameter group; a callback logs all of them. `Trainer` (not
+`Seq2SeqTrainer`) can create the same optimizer itself, with
+`optimizer_cls_and_kwargs=(ResidualOptimizerFactory, {"learning_rate": 0.3, "encoder_learning_rate": 0.01})`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from base import TaskArguments, base_code, load_data, make_config, make_trainer, test_score
+from base import TaskArguments, base_code, load_data, load_merged, make_config, make_trainer, test_score
 from common import make_output_dir, parse, print_saved
 from peft import get_peft_model
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
@@ -22,16 +23,16 @@ from peft_residual import create_residual_optimizer, disable_base_dropout, save_
 
 @dataclass
 class RatesArguments(TaskArguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
-    # New: the network's own rate
+    # New: the learning rate of the network
     encoder_learning_rate: float = field(default=0.01, metadata={"help": "Learning rate of the network."})
     output_dir: Path = field(default=Path("build/by_feature/two_learning_rates"), metadata={"help": "Output folder."})
 
 
-# New: schedulers scale each group's rate, so both are worth a look
+# New: the scheduler scales the rate of each group, so both are logged
 class LogRates(TrainerCallback):
-    """Prints the rate of each part, and keeps it in `trainer.state.log_history`."""
+    """Print the learning rate of each group, and add it to `trainer.state.log_history`."""
 
     def on_step_end(self, args, state, control, optimizer, **kwargs):
         if state.global_step % state.logging_steps == 0:
@@ -54,7 +55,7 @@ def main() -> None:
     disable_base_dropout(model)
 
     # Train
-    # New: an optimizer with a group per part
+    # New: an optimizer with a parameter group for each part
     optimizer = create_residual_optimizer(
         model, learning_rate=args.learning_rate, encoder_learning_rate=args.encoder_learning_rate
     )
@@ -68,10 +69,13 @@ def main() -> None:
     # Evaluate
     print(f"\ntest exact match: {test_score(args, model, data, tokenizer):.1%}")
 
-    # Save, merge
+    # Save: the adapter, and the projected prompt alone, which PEFT loads without this package
     adapter, merged = args.output_dir / "adapter", args.output_dir / "merged"
     model.save_pretrained(adapter)
     save_as_prompt_tuning(model, merged)
+
+    # Reload
+    print(f"test exact match after reloading: {test_score(args, load_merged(args, merged), data, tokenizer):.1%}")
     print_saved(adapter, merged, base_code(args))
 
 

@@ -1,9 +1,9 @@
-"""Make the embedded model: a T5 of 1.2 million parameters, pretrained from nothing on the templated English world.
+"""Pretrain the embedded model from scratch: a small T5, trained on templated English texts.
 
     python examples/embedded/pretrain.py --output examples/embedded/model --overwrite
 
-takes about twelve CPU minutes on one core. The seed fixes the data, the tokenizer and the first weights; bfloat16
-kernels differ from one processor to the next, so another machine gives another model that is as good.
+takes about 15 minutes on one CPU core. The seed fixes the data, the tokenizer and the initial weights. Since bfloat16
+kernels differ between processors, another machine gives a slightly different model of the same quality.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from transformers.models.t5.modeling_t5 import T5Attention
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `embedded` is found from here and from examples/ alike
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `embedded`
 
 from embedded.skills import SKILLS, mixture
 
@@ -40,11 +40,11 @@ EARLY = 0.2  # share of the steps that draw from the early mixture
 
 
 def build_tokenizer(examples: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    """One piece per word of the mixture, most frequent first, then single characters for everything else."""
+    """Build a tokenizer with one token per word, the most frequent first, and single characters for all other text."""
     counts = Counter(word for pair in examples for text in pair for word in text.split() if word not in SENTINELS)
     words = [MARK + word for word, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))]
     pieces = [*words, *(piece for c in CHARACTERS for piece in (c, MARK + c) if piece not in words), MARK]
-    # A word costs less than any characters that spell it, so a known word is never split.
+    # A word scores higher than its characters, so a known word is never split.
     vocabulary = [(token, 0.0) for token in SPECIAL + SENTINELS]
     vocabulary += [(piece, -1.0 if len(piece) > 2 else -10.0) for piece in pieces]
     tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=SPECIAL.index("<unk>")))
@@ -80,17 +80,17 @@ def build_model(vocab_size: int) -> T5ForConditionalGeneration:
             decoder_start_token_id=0,
         )
     )
-    head_start(model)
+    initialize_for_copying(model)
     return model
 
 
 @torch.no_grad()
-def head_start(model: T5ForConditionalGeneration) -> None:
-    """Start where matching and copying are near, so that relational skills, which build on them, appear sooner.
+def initialize_for_copying(model: T5ForConditionalGeneration) -> None:
+    """Initialize attention for matching and copying, which the relational skills are based on.
 
-    As in mimetic initialization (Trockman and Kolter, 2023), keys start in line with queries, so that a token attends
-    to its like, and outputs undo values, so that what is attended to is passed on as itself. Besides, one encoder head
-    starts by looking at the token before and one at the token behind: offsets -1 and +1 are the buckets 1 and
+    As in mimetic initialization (Trockman and Kolter, 2023), keys equal queries, so that a token attends to equal
+    tokens, and outputs are transposed values, so that the attended token is passed on unchanged. In addition, one
+    encoder head attends to the previous token and one to the next token: the offsets -1 and +1 are the buckets 1 and
     half + 1 of T5's relative positions.
     """
     for module in model.modules():
@@ -102,7 +102,7 @@ def head_start(model: T5ForConditionalGeneration) -> None:
 
 
 def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices; AdamW for the rest, at rates that fit their scale: T5 embeddings start at one."""
+    """Use Muon for matrices and AdamW for all else, with rates that match the scale: T5 embeddings are about 1."""
     matrices, tables, small = [], [], []
     for name, parameter in model.named_parameters():
         if name == "shared.weight":
@@ -119,18 +119,18 @@ def build_optimizers(model: nn.Module, lr: float) -> list[torch.optim.Optimizer]
 
 
 def schedule(step: int, steps: int, warmup: int = 100, constant: float = 0.5) -> float:
-    """Factor on the learning rates: up, flat, then down to zero in a line."""
+    """Return the factor of the learning rates: linear warm-up, constant, linear decay to zero."""
     return min(1.0, (step + 1) / warmup, (steps - step) / ((1 - constant) * steps))
 
 
 def batches(rng: Random, tokenizer: PreTrainedTokenizerFast, steps: int, batch_size: int, chunk: int = 100):
-    """Yield `(inputs, mask, labels)`; texts of about one length share a batch, so that little of it is padding."""
+    """Yield `(inputs, mask, labels)`. Texts of similar length are batched together, so there is little padding."""
     for start in range(0, steps, chunk):
         number = min(chunk, steps - start)
         texts, targets = zip(*mixture(rng, number * batch_size, early=start < EARLY * steps), strict=True)
         sources = tokenizer(list(texts), truncation=True, max_length=MAX_INPUT)["input_ids"]
         answers = tokenizer(list(targets), truncation=True, max_length=MAX_TARGET)["input_ids"]
-        # Answers of one length first (most are one word), within them inputs of one length.
+        # Sort by the length of the answer (most are one word), then by the length of the input.
         order = sorted(range(len(sources)), key=lambda i: (len(answers[i]) > 2, len(sources[i]) + 2 * rng.random()))
         groups = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         rng.shuffle(groups)
@@ -149,7 +149,7 @@ def pad(rows: list[list[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 @torch.no_grad()
 def exact_match(model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, seed: int, number: int) -> dict:
-    """Share of fresh examples of each skill that the model answers word for word."""
+    """Return the exact match of each skill on new examples."""
     model.eval()
     scores = {}
     for i, (skill, (*_, make)) in enumerate(SKILLS.items()):
@@ -198,14 +198,16 @@ def train(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the output folder where there is one")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "model", help="output folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing output folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=7000)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--learning_rate", type=float, default=1e-3, help="of Muon; other rates are multiples of it")
-    parser.add_argument("--threads", type=int, default=1, help="more threads are faster, and cost more CPU seconds")
-    parser.add_argument("--evaluate", type=int, default=200, help="fresh examples per skill")
+    parser.add_argument(
+        "--learning_rate", type=float, default=1e-3, help="learning rate of Muon; the other rates are multiples of it"
+    )
+    parser.add_argument("--threads", type=int, default=1, help="more threads are faster but use more CPU time")
+    parser.add_argument("--evaluate", type=int, default=200, help="new examples per skill")
     args = parser.parse_args()
     if args.output.exists() and not args.overwrite:
         parser.error(f"--output {args.output} exists: name another folder, or pass --overwrite to replace it")
@@ -217,7 +219,7 @@ def main() -> None:
     model = build_model(len(tokenizer))
     train(model, tokenizer, rng, args.steps, args.batch_size, args.learning_rate)
 
-    model = model.to(torch.bfloat16)  # what is scored is what is shipped
+    model = model.to(torch.bfloat16)  # the committed weights are the ones that are scored
     scores = exact_match(model.float(), tokenizer, args.seed + 1_000_000, args.evaluate)
     record = {
         "command": "python examples/embedded/pretrain.py "
@@ -238,12 +240,12 @@ def main() -> None:
 
 
 def save(output: Path, model: T5ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, record: dict) -> None:
-    """Write beside the target and rename: an interrupted run leaves the old folder whole."""
+    """Write to a new folder and rename it, so that an interrupted run does not damage the old one."""
     draft, old = (output.with_name(f"{output.name}.{ending}") for ending in ("draft", "old"))
     for folder in (draft, old):
         shutil.rmtree(folder, ignore_errors=True)
     model.save_pretrained(draft)
-    tokenizer.backend_tokenizer.no_truncation()  # the last call's settings would be written too
+    tokenizer.backend_tokenizer.no_truncation()  # otherwise the settings of the last call are saved too
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.save_pretrained(draft)
     (draft / "pretraining.json").write_text(json.dumps(record, indent=2) + "\n")

@@ -1,11 +1,11 @@
-"""The pretraining mixture: every skill of the world, asked for in many wordings and answered with many labels.
+"""The pretraining mixture: all skills, with instructions in many wordings and with many different labels.
 
-A *judgement* has a few outcomes. It is answered with usual labels (`positive`, `yes`, `true`, ...) or with any two
-words of `LABELS`, named in the instruction: "positive cups , negative dog". Reading an arbitrary pair of
-label words from the encoder's input is what later lets a soft prompt, which stands there too, name new ones.
+A *judgement* is a classification skill. It is answered with usual labels (`positive`, `yes`, `true`, ...) or with any
+words of `LABELS`, which the instruction names: "positive cups , negative dog". The model thus learns to read its
+labels from the encoder's input, where a soft prompt can later define new ones.
 
-The words of `HELD_OUT_LABELS` are ordinary words here: they are copied, sorted, asked for, filled into gaps, but
-never stand for an outcome. The downstream tasks use no other labels.
+The words of `HELD_OUT_LABELS` occur as ordinary words (they are copied, sorted and so on), but never as labels. The
+downstream tasks use only these words as labels.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,14 +27,14 @@ YES_NO = (("yes", "no"), ("true", "false"), ("right", "wrong"))
 
 @dataclass(frozen=True)
 class Judgement:
-    """A skill with a few outcomes.
+    """A classification skill.
 
     Args:
-        make (`Callable`): `rng` in, text and outcome out.
+        make (`Callable`): Takes a `random.Random` and returns a text and its outcome.
         questions (`Sequence[str]`): Wordings of the instruction.
         outcomes (`Sequence`): All outcomes, in the order of the labels.
-        phrases (`Sequence[str]`): What an outcome is called in an instruction that names labels.
-        labels (`Sequence[Sequence[str]]`): Usual labels, one sequence per verbaliser.
+        phrases (`Sequence[str]`): The names of the outcomes in an instruction that names labels.
+        labels (`Sequence[Sequence[str]]`): Usual labels, one sequence for each verbalizer.
     """
 
     make: Callable[[Random], tuple[str, object]]
@@ -47,16 +47,16 @@ class Judgement:
         text, outcome = self.make(rng)
         ask = rng.choice(self.questions)
         style = rng.random()
-        if style < 0.4:  # the first verbaliser is the default: nothing in the instruction names it
+        if style < 0.4:  # the first verbalizer is the default, and the instruction does not name its labels
             return instruct(rng, ask, text), self.labels[0][self.outcomes.index(outcome)]
         labels = rng.choice(self.labels) if style < 0.5 else rng.sample(LABELS, len(self.outcomes))
         shown = list(range(len(self.outcomes)))
-        if len(shown) > 4:  # the right one and three others: all would make the text too long
+        if len(shown) > 4:  # the correct one and three others: all of them would be too long
             right = self.outcomes.index(outcome)
             shown = [right, *rng.sample([i for i in shown if i != right], 3)]
             rng.shuffle(shown)
         answer = labels[self.outcomes.index(outcome)]
-        if len(self.outcomes) == 2 and coin(rng):  # without phrases, the first label stands for the first outcome
+        if len(self.outcomes) == 2 and coin(rng):  # without phrases, in the order of the outcomes
             return instruct(rng, f"{ask} {labels[0]} or {labels[1]} ?", text), answer
         rng.shuffle(shown)
         rules = " , ".join(f"{self.phrases[i]} {labels[i]}" for i in shown)
@@ -64,12 +64,12 @@ class Judgement:
 
 
 def instruct(rng: Random, instruction: str, text: str) -> str:
-    """Put the instruction in front of the text, or behind it."""
+    """Put the instruction before or after the text."""
     return f"{instruction} {text}" if rng.random() < 0.75 else f"{text} {instruction}"
 
 
 def joined(make: Callable[[Random], tuple]) -> Callable[[Random], tuple[str, object]]:
-    """Turn content of several texts into one text, with a mark between the parts."""
+    """Join the texts of a content function into one text, with a separator between them."""
 
     def join(rng: Random) -> tuple[str, object]:
         *parts, answer = make(rng)
@@ -159,7 +159,7 @@ def answer_question(rng: Random) -> tuple[str, str]:
 
 
 def partner(rng: Random) -> tuple[str, str]:
-    """Facts of one kind about several people; what, or who, goes with a person, or a thing?"""
+    """Facts of one kind about several people; which value belongs to a person, or which person to a value?"""
     kind = rng.choice(list(world.FACTS))
     number = rng.randint(2, 4)
     pairs = list(zip(rng.sample(NAMES, number), rng.sample(world.FACT_VALUES[kind], number), strict=True))
@@ -193,7 +193,7 @@ def count_reviews(rng: Random) -> tuple[str, str]:
 
 
 def transform(rng: Random) -> tuple[str, str]:
-    """Copy, reverse, or take some words of a list."""
+    """Copy a list, reverse it, or select some of its words."""
     words = world.word_list(rng)
     asks, answer = rng.choice(
         [
@@ -209,7 +209,7 @@ def transform(rng: Random) -> tuple[str, str]:
 
 
 def neighbour(rng: Random) -> tuple[str, str]:
-    """What stands behind, or before, a word of a list?"""
+    """Which word comes after, or before, a word of a list?"""
     words = world.word_list(rng, 3, 8)
     i = rng.randrange(len(words) - 1)
     known, answer = words[i : i + 2]
@@ -221,7 +221,7 @@ def neighbour(rng: Random) -> tuple[str, str]:
 
 
 def missing(rng: Random) -> tuple[str, str]:
-    """Two lists of the same words in any order, but for one: which?"""
+    """Two lists with the same words in any order, except that one is missing; which?"""
     words = world.word_list(rng, 3, 5)
     rest = rng.sample(words, len(words))
     answer = rest.pop()
@@ -230,7 +230,7 @@ def missing(rng: Random) -> tuple[str, str]:
 
 
 def twice(rng: Random) -> tuple[str, str]:
-    """Which word stands there twice?"""
+    """Which word of a list occurs twice?"""
     words = world.word_list(rng, 3, 5)
     text = [*words, rng.choice(words)]
     answer = text[-1]
@@ -239,7 +239,7 @@ def twice(rng: Random) -> tuple[str, str]:
 
 
 def look_up(rng: Random) -> tuple[str, str]:
-    """Words stand for others: what does one of them stand for?"""
+    """Pairs of words; which word is paired with a given one?"""
     words = rng.sample(LABELS, 2 * rng.randint(2, 4))  # no held-out word: the rules read like those for labels
     pairs = list(zip(words[::2], words[1::2], strict=True))
     rules = " , ".join(f"{key} {answer}" for key, answer in pairs)
@@ -262,7 +262,7 @@ def sort(rng: Random) -> tuple[str, str]:
 
 
 def pick(rng: Random) -> tuple[str, str]:
-    """Which words of a list are of a category, or which one is not of the kind of the others?"""
+    """Which words of a list belong to a category, or which word does not belong to the others?"""
     category, other = rng.sample(list(CATEGORIES), 2)
     if coin(rng):
         ask, number = rng.choice(["which is a {} ?", "find each {} :"]).format(category), rng.randint(1, 3)
@@ -274,7 +274,7 @@ def pick(rng: Random) -> tuple[str, str]:
 
 
 def label_word(rng: Random) -> tuple[str, str]:
-    """Label a word by its kind: a rule per kind."""
+    """Label a word by its category, with a rule for each category."""
     kinds = rng.sample(list(CATEGORIES), rng.randint(2, 4))
     labels = rng.sample(LABELS, len(kinds))
     picked = rng.randrange(len(kinds))
@@ -299,7 +299,7 @@ def related_word(rng: Random) -> tuple[str, str]:
 
 
 def statement(rng: Random) -> str:
-    """Any running text of the world."""
+    """Any text of the templates."""
     make = rng.choice(
         [
             world.review,
@@ -318,7 +318,7 @@ def statement(rng: Random) -> str:
 
 
 def fill_gaps(rng: Random) -> tuple[str, str]:
-    """T5's span corruption: one or two gaps of one to three words, marked by sentinels."""
+    """T5's span corruption: one or two spans of one to three words, replaced by sentinels."""
     words = statement(rng).split()
     while len(words) < 8:
         words += statement(rng).split()
@@ -334,8 +334,8 @@ def fill_gaps(rng: Random) -> tuple[str, str]:
     return " ".join(text + words[done:]), " ".join(target)
 
 
-# Skill: its share of the mixture early and late in pretraining, and its function. Relational skills are learnt late,
-# after the model can find and copy words: lists and look-ups come first, and relations get most of what follows.
+# Skill: its share of the mixture early and late in pretraining, and its function. The model learns relational skills
+# after it can find and copy words. The early mixture therefore has mostly lists and look-ups, the late one relations.
 SKILLS: dict[str, tuple[float, float, Callable[[Random], tuple[str, str]]]] = {
     "sentiment": (6, 5, JUDGEMENTS["sentiment"]),
     "aspect": (0, 4, JUDGEMENTS["aspect"]),
@@ -370,7 +370,7 @@ SKILLS: dict[str, tuple[float, float, Callable[[Random], tuple[str, str]]]] = {
 
 
 def mixture(rng: Random, number: int, early: bool = False) -> list[tuple[str, str]]:
-    """Draw `number` pretraining examples, (input, target) texts, from all skills in proportion to their shares."""
+    """Draw `number` pretraining examples (input and target texts) from all skills according to their shares."""
     shares = [skill[0 if early else 1] for skill in SKILLS.values()]
     makers = [make for *_, make in SKILLS.values()]
     return [make(rng) for make in rng.choices(makers, shares, k=number)]

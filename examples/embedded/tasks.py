@@ -1,18 +1,18 @@
-"""Downstream tasks for the embedded model, in text-to-text form.
+"""Downstream tasks for the embedded model, as text-to-text tasks.
 
-The model was pretrained on the same world but not on these tasks: no instruction says what to do, and the labels are
-words that never stood for an outcome in pretraining, so without a prompt it answers something else. Some also combine
-skills in a new way: `topic` (of the second sentence, when the first is on another), `entailment` (from three facts,
-not two), `majority` (of two kinds of words) and `agreement` (of two reviews).
+The model was pretrained on texts of the same kind, but not on these tasks. No instruction says what to do, and the
+labels are words that were never labels in pretraining. Without a prompt the model therefore answers something else.
+Some tasks also combine skills in a new way: `topic` (of the second sentence, while the first one has another topic),
+`entailment` (from three facts instead of two), `majority` (of two kinds of words) and `agreement` (of two reviews).
 
 Tasks, splits and budgets were fixed before any methods were compared. Methods and their settings may be chosen on the
-development tasks; the three others (`development=False`) are kept for one last look.
+development tasks. The other three tasks (`development=False`) are held out.
 
-Validation and test rows are the same for every seed and training size: those only choose the training rows.
+Validation and test rows are the same for every seed and training size; these only select the training rows.
 
     python examples/embedded/tasks.py
 
-prints the sizes of all tasks, and what the model does on them without a prompt.
+prints the sizes of all tasks, and the results of the model without a prompt.
 """
 
 import sys
@@ -24,7 +24,7 @@ from random import Random
 from datasets import Dataset, DatasetDict
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # `embedded` is found from here and from examples/ alike
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `embedded`
 
 from embedded import world
 
@@ -37,12 +37,12 @@ class Task:
     """A downstream task.
 
     Args:
-        description (`str`): What is asked.
-        make (`Callable`): `rng` in, the texts of a row and its outcome out.
-        labels (`dict`): Outcome to label word. Rows with any other outcome are not drawn.
-        development (`bool`): Whether methods may be chosen on this task.
-        train_size, validation_size, test_size (`int`): Rows per split, spread evenly over the labels.
-        metric (`str`): The share of rows whose generated text is the label.
+        description (`str`): The question of the task.
+        make (`Callable`): Takes a `random.Random` and returns the texts of a row and its outcome.
+        labels (`dict`): The label word of each outcome. Rows with other outcomes are not used.
+        development (`bool`): Whether methods and settings may be chosen on this task.
+        train_size, validation_size, test_size (`int`): Rows per split, with equally many per label.
+        metric (`str`): `exact_match`, the share of rows whose generated text is the label.
     """
 
     description: str
@@ -60,7 +60,7 @@ class Task:
 
 
 def majority(rng: Random) -> tuple[str, str]:
-    """A list of animals and foods; which are more?"""
+    """A list of animals and foods; of which are there more?"""
     few = rng.randint(1, 2)
     kinds = rng.sample(["animal", "food"], 2)
     many = few + rng.randint(1, 2)
@@ -121,15 +121,15 @@ def load_task(name: str, train_size: int | None = None, seed: int = 0) -> Datase
 
     Args:
         name (`str`): One of `TASKS`.
-        train_size (`int`, *optional*): Training rows; the task's own size when None. A multiple of its labels.
-        seed (`int`): Chooses the training rows. Validation and test rows do not depend on it.
+        train_size (`int`, *optional*): Training rows, a multiple of the number of labels. Default: the task's own.
+        seed (`int`): Selects the training rows. Validation and test rows do not depend on it.
 
     Returns:
         `datasets.DatasetDict`: Splits train, validation and test, with the columns text and label, both strings.
         Labels are balanced in each split, and no text occurs twice.
 
     Raises:
-        ValueError: If there is no such task, or its labels cannot share `train_size` rows evenly.
+        ValueError: If there is no such task, or `train_size` is not a multiple of the number of labels.
     """
     if name not in TASKS:
         raise ValueError(f"`name` must be one of {', '.join(TASKS)}, got {name!r}.")
@@ -148,7 +148,7 @@ def load_task(name: str, train_size: int | None = None, seed: int = 0) -> Datase
 
 
 def _rows(task: Task, rng: Random, size: int, seen: set[str]) -> list[dict[str, str]]:
-    """Draw `size` rows with texts that are not in `seen`, and add them to it."""
+    """Draw `size` rows with texts that are not in `seen`, and add these texts to `seen`."""
     left = dict.fromkeys(task.labels, size // len(task.labels))
     rows = []
     while len(rows) < size:
@@ -162,7 +162,7 @@ def _rows(task: Task, rng: Random, size: int, seen: set[str]) -> list[dict[str, 
 
 
 def without_prompt(name: str, model, tokenizer, split: str = "validation") -> tuple[float, float]:
-    """Exact match of what the model generates, and accuracy when only the label words are compared."""
+    """Return exact match of the generated texts, and the accuracy if only the label words are compared."""
     import torch
 
     task, rows = TASKS[name], load_task(name)[split]
@@ -189,7 +189,7 @@ def main() -> None:
     for name, task in TASKS.items():
         exact, restricted = without_prompt(name, model, tokenizer)
         sizes = f"{task.train_size} / {task.validation_size} / {task.test_size}"
-        use = "development" if task.development else "last look"
+        use = "development" if task.development else "held out"
         print(f"| {name} | {use} | {sizes} | {task.chance:.1%} | {exact:.1%} | {restricted:.1%} |")
 
 

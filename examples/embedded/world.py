@@ -1,15 +1,13 @@
-"""The small English world that the embedded model is pretrained on and that its downstream tasks are built from.
+"""The templated English texts that the embedded model is pretrained on and that its downstream tasks consist of.
 
-Three layers: a lexicon, sentences made from it, and one *content* function per skill. A content function takes a
-`random.Random` and returns a text and its answer, as meaning (`True`, `"sport"`, `3`) rather than as a label: how a
-task is put into words, and which label stands for which answer, is decided by `skills.py` (pretraining) and
-`tasks.py` (downstream).
+There are three layers: a lexicon, sentences, and one *content* function for each skill. A content function takes a
+`random.Random` and returns a text and its outcome, such as `True`, `"sport"` or `3`. `skills.py` (pretraining) and
+`tasks.py` (downstream) add the instructions and the labels.
 
-Relational content (entailment, paraphrase, word in context, comparison, ...) is built in pairs that share their words:
-a text with the answer `False` is as likely, word for word, as one with the answer `True`. Counting words therefore
-says nothing about the answer.
+Relational texts (entailment, paraphrase, word in context, comparison, ...) with different outcomes consist of the same
+words with the same probability. Counting words therefore gives no information about the outcome.
 
-Only lists and tuples are drawn from, never sets, so a seed gives the same text in every process.
+Random choices are made from lists and tuples, never from sets, so a seed gives the same text in every process.
 """
 
 import itertools
@@ -66,7 +64,7 @@ ASPECTS = {
 }
 DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 
-# Topic: its nouns, then verbs that stand without an object.
+# Topic: its nouns, and its intransitive verbs.
 TOPICS = {
     "sport": (
         "team player goal race coach referee stadium trophy".split(),
@@ -128,7 +126,7 @@ SCALES = (
     ("louder", "quieter"),
 )  # fmt: skip
 
-# Ways to state one fact about a person `a` and a value `v`; every wording of a kind means the same.
+# Wordings of a fact about a person `a` and a value `v`. All wordings of a kind have the same meaning.
 FACTS = {
     "place": ("{a} is in {v}", "{a} visits {v}", "{a} stays in {v}"),
     "owner": ("{a} has {v}", "{a} owns {v}", "{a} keeps {v}"),
@@ -136,7 +134,7 @@ FACTS = {
     "taste": ("{a} likes {v}", "{a} loves {v}", "{a} enjoys {v}"),
 }
 FACT_VALUES = {"place": CITIES, "owner": OBJECTS, "job": JOBS, "taste": FOODS}
-FACT_QUESTIONS = {  # asks for the value, asks for the person, asks for a yes or a no
+FACT_QUESTIONS = {  # questions for the value, for the person, and for yes or no
     "place": ("where is {a} ?", "who is in {v} ?", "is {a} in {v} ?"),
     "owner": ("what does {a} have ?", "who has {v} ?", "does {a} have {v} ?"),
     "job": ("what does {a} do ?", "who is a {v} ?", "is {a} a {v} ?"),
@@ -155,7 +153,7 @@ def sentences(*parts: str) -> str:
 
 
 def opinion(rng: Random, subject: str, positive: bool) -> str:
-    """Say what one thinks of `subject`, outright, by denying the opposite, or against it."""
+    """Return an opinion on `subject`: direct, as the negation of the opposite, or in contrast to it."""
     same, other = (PRAISE, BLAME) if positive else (BLAME, PRAISE)
     good, bad = rng.choice(same), rng.choice(other)
     outright = [
@@ -182,7 +180,7 @@ def aside(rng: Random) -> str:
 
 
 def topic_sentence(rng: Random, topic: str, noun: str | None = None) -> str:
-    """A sentence on `topic`, about `noun` where one is given."""
+    """A sentence on `topic`, about `noun` if it is given."""
     nouns, verbs = TOPICS[topic]
     first, second = rng.sample(nouns, 2)
     noun, verb, name = noun or first, rng.choice(verbs), rng.choice(NAMES)
@@ -202,24 +200,24 @@ def state(rng: Random, kind: str, name: str, value: str) -> str:
 
 
 def facts(rng: Random, people: int = 2) -> tuple[str, list[tuple[str, str]], list[str]]:
-    """A fact of one kind about each of some people: the kind, the (name, value) pairs, and the sentences."""
+    """Facts of one kind about some people: the kind, the (name, value) pairs, and the sentences."""
     kind = rng.choice(list(FACTS))
     pairs = list(zip(rng.sample(NAMES, people), rng.sample(FACT_VALUES[kind], people), strict=True))
     return kind, pairs, [state(rng, kind, name, value) for name, value in pairs]
 
 
 def event(rng: Random, agent: str, patient: str, action: tuple[str, str], where: str) -> str:
-    """Who did what to whom, in the active or the passive voice."""
+    """A sentence about an action, in the active or the passive voice."""
     verb = rng.choice(action)
     core = f"{agent} {verb} {patient}" if coin(rng) else f"{patient} was {verb} by {agent}"
     return f"{core} {where}".strip()
 
 
-# --- Content, one function per skill: a text (or several) and an answer ----------------------------------------------
+# --- Content, one function per skill: a text (or several) and an outcome ---------------------------------------------
 
 
 def review(rng: Random) -> tuple[str, bool]:
-    """An opinion with or without an aside; is it positive?"""
+    """An opinion, with or without a neutral sentence; is it positive?"""
     positive = coin(rng)
     thing = rng.choice(list(ASPECTS))
     parts = [opinion(rng, rng.choice([thing, *ASPECTS[thing]]), positive)]
@@ -229,7 +227,7 @@ def review(rng: Random) -> tuple[str, bool]:
 
 
 def aspect_review(rng: Random) -> tuple[str, str, bool]:
-    """Two opposite opinions on two aspects, and one of the aspects; is the opinion on that one positive?"""
+    """Opposite opinions on two aspects, and one of the aspects; is the opinion on that aspect positive?"""
     positive = coin(rng)
     asked, other = rng.sample(rng.choice(list(ASPECTS.values())), 2)
     parts = [opinion(rng, asked, positive), opinion(rng, other, not positive)]
@@ -282,7 +280,7 @@ def word_in_context(rng: Random) -> tuple[str, str, str, bool]:
 
 
 def entailment(rng: Random, people: int = 2) -> tuple[str, str, bool]:
-    """Some facts and a statement; does it follow? A statement that does not joins a person and the other's value."""
+    """Some facts and a statement; does it follow? A wrong statement combines a person with another person's value."""
     true = coin(rng)
     if rng.random() < 0.2:
         (giver, taker), value = rng.sample(NAMES, 2), rng.choice(FACT_VALUES["owner"])
@@ -294,7 +292,7 @@ def entailment(rng: Random, people: int = 2) -> tuple[str, str, bool]:
 
 
 def question(rng: Random) -> tuple[str, str, str]:
-    """Two facts, a question, and the answer in words."""
+    """Two facts and a question; what is the answer?"""
     kind, pairs, parts = facts(rng)
     name, value = rng.choice(pairs)
     ask_value, ask_name, _ = FACT_QUESTIONS[kind]
@@ -312,7 +310,7 @@ def yes_no_question(rng: Random) -> tuple[str, str, bool]:
 
 
 def paraphrase(rng: Random) -> tuple[str, str, bool]:
-    """Two sentences; do they say the same? If not, the two roles or the two adjectives have changed places."""
+    """Two sentences; do they mean the same? If not, the roles or the adjectives are swapped."""
     same, action = coin(rng), rng.choice(ACTIONS)
     where = f"near {rng.choice(CITIES)}" if rng.random() < 0.3 else ""
     if coin(rng):
@@ -334,7 +332,7 @@ def paraphrase(rng: Random) -> tuple[str, str, bool]:
 
 
 def event_question(rng: Random) -> tuple[str, str, str]:
-    """Who did what to whom, and a question for one of them; who?"""
+    """A sentence about an action of one on another, and a question for one of them; who?"""
     action = rng.choice(ACTIONS)
     agent, patient = rng.sample(NAMES, 2) if coin(rng) else rng.sample(ANIMALS, 2)
     phrases = (agent, patient) if agent in NAMES else (f"the {agent}", f"the {patient}")
@@ -359,7 +357,7 @@ def compare(rng: Random, more: str, less: str, high: str, low: str) -> str:
 
 
 def extreme(rng: Random) -> tuple[str, str, str]:
-    """Comparisons that order two or three people, and a question for the one at an end; who?"""
+    """Comparisons that order two or three people, and a question for the first or the last; who?"""
     more, less = rng.choice(SCALES)
     order = rng.sample(NAMES, rng.choice([2, 3]))
     parts = [compare(rng, more, less, *pair) for pair in itertools.pairwise(order)]
@@ -369,7 +367,7 @@ def extreme(rng: Random) -> tuple[str, str, str]:
 
 
 def amounts(rng: Random) -> tuple[str, str, str]:
-    """Two people with different numbers of one thing, and a question; who has more, or fewer?"""
+    """Two people with different numbers of a thing; who has more, or less?"""
     names, counts, food = rng.sample(NAMES, 2), rng.sample(range(10), 2), rng.choice(FOODS)
     parts = [f"{name} has {NUMBERS[count]} {food}" for name, count in zip(names, counts, strict=True)]
     most = counts.index(max(counts))
@@ -391,7 +389,7 @@ def category_list(rng: Random, most: int = 4) -> tuple[str, str, int]:
 
 
 def same_words(rng: Random) -> tuple[str, str, bool]:
-    """Two lists; do they hold the same words, in any order?"""
+    """Two lists; do they have the same words, in any order?"""
     words = word_list(rng, 2, 4)
     other = rng.sample(words, len(words))
     same = coin(rng)
@@ -401,7 +399,7 @@ def same_words(rng: Random) -> tuple[str, str, bool]:
 
 
 def digits(rng: Random) -> tuple[str, bool]:
-    """A few digits; do they ascend? If not, two of them have changed places."""
+    """A few digits; are they ascending? If not, two of them are swapped."""
     ordered = sorted(rng.sample(DIGITS, rng.randint(3, 4)))
     true = coin(rng)
     if not true:

@@ -1,4 +1,4 @@
-"""A table of runs: read from YAML and turned into calls of `text_to_text/train.py`, all checked beforehand."""
+"""Plan the runs of a table: read it from YAML, turn it into calls of `text_to_text/train.py`, check them."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from transformers import HfArgumentParser
 
 
 TABLES = Path(__file__).resolve().parent / "tables"
-# What the driver gives to a run, and no setting of the table.
+# Arguments that `table.py` passes to a run; they are not settings of the table.
 MECHANICS = ("output_dir", "overwrite", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
 class Table:
-    """What a YAML file in `tables/` holds.
+    """The contents of a YAML file in `tables/`.
 
     Args:
-        title (`str`): Headline.
-        tasks (`list[str]`): Rows, named as in `train.py --task`.
-        seeds (`list[int]`): Runs of each cell.
-        columns (`dict[str, dict]`): By name: `options` of `train.py`, and what is `published` for a task, in per cent.
-        options (`dict`): Options of `train.py` for all runs; those of a column go before them.
-        source (`str`): Where the published figures are from.
+        title (`str`): Title.
+        tasks (`list[str]`): One row for each task, named as in `train.py --task`.
+        seeds (`list[int]`): One run of each cell for each seed.
+        columns (`dict[str, dict]`): Name to `options` of `train.py` and `published` results by task, in percent.
+        options (`dict`): Options of `train.py` for all runs; a column's own options override them.
+        source (`str`): Source of the published results.
     """
 
     title: str
@@ -58,7 +58,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Run:
-    """One call of `train.py`: its place in the table, its folder, its words on the command line, what they mean."""
+    """One call of `train.py`: its cell and seed, its folder, its command line, and the settings that result."""
 
     column: str
     task: str
@@ -68,7 +68,7 @@ class Run:
     settings: dict[str, Any]
 
     def scores(self) -> dict | None:
-        """What the run has written at its end, if it has got there."""
+        """Return the test scores, or None if the run is not finished."""
         path = self.folder / "scores.json"
         return json.loads(path.read_text())["test"] if path.is_file() else None
 
@@ -88,14 +88,14 @@ def load_table(name: str, smoke: bool = False) -> Table:
 
 
 def small(table: Table) -> Table:
-    """The same columns on a few rows of an embedded task, one seed each; no published figure belongs there."""
+    """Reduce a table to a few rows of an embedded task and one seed, without published results."""
     options = {name: value for name, value in table.options.items() if name not in ("model", "data_dir")}
     columns = {name: {"options": column.get("options", {})} for name, column in table.columns.items()}
     return Table(table.title, ["embedded/sentiment"], table.seeds[:1], columns, {**options, "smoke": True})
 
 
 def plan(table: Table, output_dir: Path) -> list[Run]:
-    """All runs, seed by seed, so that a table that is stopped early has all its cells. Options are checked here."""
+    """List all runs, seed by seed, so that a table that is stopped early has all cells. Options are checked here."""
     return [
         make_run(table, column, task, seed, output_dir / column / task / f"seed-{seed}")
         for seed in table.seeds
@@ -115,7 +115,7 @@ def make_run(table: Table, column: str, task: str, seed: int, folder: Path) -> R
 
 
 def check_settings(runs: list[Run]) -> None:
-    """Refuse folders of runs that were started with other settings: they must not be mixed into one table."""
+    """Stop if a run was started with other settings, so that one table does not mix different settings."""
     for run in runs:
         path = run.folder / "settings.json"
         then = json.loads(path.read_text()) if path.is_file() else run.settings

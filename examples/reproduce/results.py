@@ -1,4 +1,4 @@
-"""From finished runs to `table.json` and `table.md`."""
+"""Write the results of finished runs as `table.json` and `table.md`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from text_to_text.data import find_task
 
 
 def write_table(table: Table, runs: list[Run], output_dir: Path) -> str:
-    """Write both forms of the table; return the one to read."""
+    """Write both files, and return the Markdown."""
     cells = collect(table, runs)
     markdown = as_markdown(table, cells)
     write(
@@ -23,7 +23,7 @@ def write_table(table: Table, runs: list[Run], output_dir: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file that is there as a whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(text)
@@ -31,7 +31,7 @@ def write(path: Path, text: str) -> None:
 
 
 def collect(table: Table, runs: list[Run]) -> list[dict]:
-    """A record per cell: scores by seed, in per cent, of the metric that selects, its mean and standard deviation."""
+    """Return a record for each cell: test scores by seed, mean and standard deviation of its metric, in percent."""
     cells: dict[tuple[str, str], dict] = {}
     for run in runs:
         metric = run.settings["metric"] or find_task(run.task).metrics[0]
@@ -49,7 +49,7 @@ def collect(table: Table, runs: list[Run]) -> list[dict]:
 
 
 def as_markdown(table: Table, cells: list[dict]) -> str:
-    """Mean ± standard deviation (seeds), with a column of published figures beside those that have any."""
+    """Format mean ± standard deviation (seeds), and the published results next to them."""
     place = {(cell["task"], cell["column"]): cell for cell in cells}
     columns = []
     for name, column in table.columns.items():

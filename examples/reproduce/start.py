@@ -1,4 +1,4 @@
-"""How far from the vocabulary a prompt starts, with and without a LayerNorm at the end of the network.
+"""Measure how far from the vocabulary a prompt is initialized, with and without a LayerNorm at the network's end.
 
 python examples/reproduce/start.py
 """
@@ -16,9 +16,11 @@ from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--width", type=int, default=3072, help="of the embeddings; 3072 is Llama-3.2-3B's")
-    parser.add_argument("--scale", type=float, default=0.02, help="standard deviation of the embeddings' numbers")
-    parser.add_argument("--hidden", type=int, default=800, help="width of the network")
+    parser.add_argument(
+        "--width", type=int, default=3072, help="width of the embeddings; 3072 is that of Llama-3.2-3B"
+    )
+    parser.add_argument("--scale", type=float, default=0.02, help="standard deviation of the embeddings")
+    parser.add_argument("--hidden", type=int, default=800, help="width of the network's hidden layer")
     args = parser.parse_args()
 
     torch.manual_seed(0)

@@ -1,11 +1,11 @@
-"""A table of a paper as one command: every cell is `text_to_text/train.py`, once per seed.
+"""Reproduce a table of a paper with one command: every cell is a run of `text_to_text/train.py` for each seed.
 
-python examples/reproduce/table.py superglue-t5-base --dry_run   # what would run, and what is finished
-python examples/reproduce/table.py superglue-t5-base             # the same command goes on after any interruption
-python examples/reproduce/table.py superglue-t5-base --smoke     # its columns on the embedded model, offline, a minute
+python examples/reproduce/table.py superglue-t5-base --dry_run   # print what would run and what is finished
+python examples/reproduce/table.py superglue-t5-base             # the same command resumes after an interruption
+python examples/reproduce/table.py superglue-t5-base --smoke     # on the embedded model, offline, one minute
 
-Each run is a process of its own with its own folder and log; it counts as finished once it has written its scores,
-which is the last thing it does. `table.md` and `table.json` are written anew after every run.
+Each run is a separate process with its own folder and log. A run is finished when it has written its scores, its last
+file. `table.md` and `table.json` are updated after every run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folders of examples/ find each other
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `reproduce` and `text_to_text`
 
 from reproduce.plan import Run, Table, check_settings, load_table, plan
 from reproduce.results import write, write_table
@@ -34,13 +34,17 @@ INTERRUPTED = (130, -signal.SIGINT)
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", help="a name in tables/, or a YAML file of your own")
-    parser.add_argument("--output_dir", type=Path, help="build/reproduce/TABLE, if not given")
-    parser.add_argument("--columns", nargs="+", help="only these; one machine can take some, another one the others")
-    parser.add_argument("--tasks", nargs="+", help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
-    parser.add_argument("--dry_run", action="store_true", help="list the runs and run none")
-    parser.add_argument("--smoke", action="store_true", help="every column on the embedded model, a few rows, offline")
+    parser.add_argument("table", help="a name in tables/, or the path of a YAML file")
+    parser.add_argument("--output_dir", type=Path, help="default: build/reproduce/TABLE")
+    parser.add_argument(
+        "--columns", nargs="+", help="run only these columns, for example to divide a table among machines"
+    )
+    parser.add_argument("--tasks", nargs="+", help="run only these tasks")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run only these seeds")
+    parser.add_argument("--dry_run", action="store_true", help="list the runs without running them")
+    parser.add_argument(
+        "--smoke", action="store_true", help="every column with the embedded model and a few rows, offline"
+    )
     return parser.parse_args(words)
 
 
@@ -55,15 +59,15 @@ def chosen(args: argparse.Namespace, table: Table, runs: list[Run]) -> list[Run]
 
 
 def launch(run: Run) -> int:
-    """Run to the end, from the last whole checkpoint if there is one; the exit status."""
+    """Run until the end, from the last complete checkpoint if there is one, and return the exit status."""
     write(run.folder / "settings.json", json.dumps(run.settings, indent=2))
     checkpoint = last_checkpoint(run.folder)
-    go_on = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else ["--overwrite"]
-    # Ctrl-C reaches the run too, which finishes its step and saves: wait for it.
+    resume = ["--resume_from_checkpoint", str(checkpoint)] if checkpoint else ["--overwrite"]
+    # Ctrl-C also reaches the run, which then finishes its step and saves: wait for it.
     previous = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with (run.folder / "log.txt").open("a") as log:
-            command = [sys.executable, str(TRAIN), *run.words, *go_on]
+            command = [sys.executable, str(TRAIN), *run.words, *resume]
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT).wait()
     finally:
         signal.signal(signal.SIGINT, previous)
@@ -90,7 +94,7 @@ def main(words: list[str] | None = None) -> None:
             bar.set_description(f"{run.column}, {run.task}, seed {run.seed}")
             status = launch(run)
             if status in INTERRUPTED:
-                sys.exit("Interrupted. The same command goes on from here.")
+                sys.exit("Interrupted. The same command resumes from here.")
             if status != 0:
                 failed.append(run)
             write_table(table, everything, output_dir)
@@ -99,7 +103,7 @@ def main(words: list[str] | None = None) -> None:
     print(f"written to {output_dir}: table.json, table.md, and a folder per run")
     if failed:
         logs = "\n".join(str(run.folder / "log.txt") for run in failed)
-        sys.exit(f"{len(failed)} runs failed; the same command tries them again. Their logs:\n{logs}")
+        sys.exit(f"{len(failed)} runs failed; the same command runs them again. Their logs:\n{logs}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
-"""The classification sets of the original code. They have test labels, and no validation split: a part of train it is.
+"""The text classification data sets of the original code. They have test labels but no validation split.
 
-The original's `amazon` was a local file with five classes; the Hub has the two-class version in Parquet.
+A part of the training split is used for validation. The original's `amazon` is a local file with five classes; the Hub
+has the version with two classes in Parquet.
 """
 
 from __future__ import annotations

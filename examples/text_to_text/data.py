@@ -1,4 +1,4 @@
-"""From a task's name to tokens: read, split, take a few rows per class, write as text, tokenize."""
+"""Load a task: read its rows, split them, select few-shot rows, write them as texts, tokenize them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value, disable_cachin
 from transformers import PreTrainedTokenizerBase
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folders of examples/ find each other
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `embedded` and `text_to_text`
 
 from embedded import tasks as embedded
 from text_to_text.classification import CLASSIFICATION
@@ -25,12 +25,12 @@ from text_to_text.tasks import Task
 EMBEDDED = {
     name: Task("embedded", name, "", ("text",), tuple(task.labels.values()), text=lambda row: row["text"], test="test")
     for name, task in embedded.TASKS.items()
-    if task.development  # the others are kept for one last look
+    if task.development  # the other tasks are held out
 }
 FAMILIES = {"embedded": EMBEDDED, "glue": GLUE, "super_glue": SUPERGLUE, "classification": CLASSIFICATION}
 TASKS = {f"{family}/{name}": task for family, tasks in FAMILIES.items() for name, task in tasks.items()}
 
-# What is selected and reported on is the same for every seed.
+# Validation and test rows are the same for every seed.
 SPLIT_SEED = 0
 FEATURES = Features(
     {"source": Value("string"), "target": Value("string"), "answers": List(Value("string")), "group": Value("string")}
@@ -52,25 +52,27 @@ def load_texts(
     max_eval_samples: int | None = None,
     seed: int = 0,
 ) -> DatasetDict:
-    """Load a task as texts, in three splits that have labels.
+    """Load a task as texts, in three splits with labels.
 
     Args:
         task (`Task`): One of `TASKS`.
         data_dir (`Path`, *optional*): Folder with files per split, such as `train.json` or
-            `validation-00000-of-00001.parquet`, in the Hub's schema, instead of the Hub.
-        k_per_class (`int`, *optional*): Training rows per class; in all, where answers are free text.
-        max_train_samples (`int`, *optional*): Training rows.
-        max_eval_samples (`int`, *optional*): Rows of each other split; questions, where these have several rows.
-        seed (`int`): Chooses training rows. Validation and test do not depend on it.
+            `validation-00000-of-00001.parquet`, in the Hub's schema. Used instead of the Hub.
+        k_per_class (`int`, *optional*): Training rows per class, or in total if answers are free text.
+        max_train_samples (`int`, *optional*): Maximum number of training rows.
+        max_eval_samples (`int`, *optional*): Maximum number of rows of each other split, or of questions, if a
+            question has several rows.
+        seed (`int`): Selects the training rows. Validation and test rows do not depend on it.
 
     Returns:
-        `datasets.DatasetDict`: Splits train, validation and test; columns source (what the model reads), target (what
-        it shall write), answers (all that is right), group (equal for rows that are scored together).
+        `datasets.DatasetDict`: The splits train, validation and test, with the columns source (the model's input),
+        target (the output to learn), answers (all correct outputs) and group (equal for rows that are scored
+        together).
 
     Raises:
         ValueError: If a split or column is missing, a split is empty, or a label is not in the task's list.
     """
-    disable_caching()  # the cache does not see when the code that writes the texts changes
+    disable_caching()  # the cache does not notice changes of the code that writes the texts
     splits = read(task, data_dir, seed)
     for split in (task.train, task.validation, task.test):
         if split is not None:
@@ -99,7 +101,7 @@ def load_texts(
 
 
 def read(task: Task, data_dir: Path | None, seed: int) -> DatasetDict:
-    """The raw splits: generated, from files, or from the Hub."""
+    """Read the raw splits: generated, from files, or from the Hub."""
     if data_dir is None and task.repo == "embedded":
         return embedded.load_task(task.subset, seed=seed)
     if data_dir is None:
@@ -128,7 +130,7 @@ def check(task: Task, split: str, splits: DatasetDict) -> None:
 
 
 def write(task: Task, rows: Dataset) -> Dataset:
-    """Rows as texts; one of the answers is the target."""
+    """Write rows as texts; the target is one of the answers."""
 
     def as_text(row: dict, index: int) -> dict:
         answers = task.answers_of(row)
@@ -154,7 +156,7 @@ def rows_of(rows: Dataset, groups: list[str]) -> Dataset:
 
 
 def sample(task: Task, rows: Dataset, k_per_class: int | None, max_samples: int | None) -> Dataset:
-    """The first rows, in all and of each class; a row for each answer where there are several."""
+    """Select the first rows, in total or of each class, and repeat a row for each of its answers."""
     if k_per_class is not None:
         classes = rows["target"] if task.words else ["any"] * len(rows)
         taken, chosen = Counter(), []
@@ -178,13 +180,13 @@ def sample(task: Task, rows: Dataset, k_per_class: int | None, max_samples: int 
 
 
 def longest_target(task: Task, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Tokens that an answer may take, its end included."""
+    """Return the maximum number of tokens of an answer, including the end token."""
     if task.target_length:
         return task.target_length
     ids = [tokenizer(word)["input_ids"] for word in task.words]
     lost = [word for word, row in zip(task.words, ids, strict=True) if normalize(word) != _decoded(tokenizer, row)]
     if lost:
-        raise ValueError(f"The tokenizer cannot spell {', '.join(map(repr, lost))}: no answer could be right.")
+        raise ValueError(f"The tokenizer cannot encode {', '.join(map(repr, lost))}, so no answer could be correct.")
     return max(map(len, ids))
 
 
@@ -193,7 +195,7 @@ def _decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
 
 
 def tokenize(data: DatasetDict, tokenizer: PreTrainedTokenizerBase, max_source: int, max_target: int) -> DatasetDict:
-    """Add input_ids, attention_mask and labels; the columns of texts stay, for the metrics."""
+    """Add input_ids, attention_mask and labels. The text columns stay, because the metrics need them."""
 
     def encode(batch: dict) -> dict:
         inputs = tokenizer(batch["source"], truncation=True, max_length=max_source)

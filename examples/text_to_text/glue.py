@@ -1,4 +1,4 @@
-"""GLUE (Wang et al. 2018): the label words and texts that T5 was trained with."""
+"""GLUE (Wang et al. 2018), with the label words and texts that T5 was trained with."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def glue(subset: str, columns: tuple[str, ...], words: tuple[str, ...] | None, *
 
 
 def similarity(row: dict) -> list[str]:
-    """A score from 0 to 5 in steps of 0.2, so that most scores are a class of their own (T5, section 2.4)."""
+    """Round a score from 0 to 5 to steps of 0.2, so that most scores are a class (T5, section 2.4)."""
     if not 0 <= row["label"] <= 5:
         raise ValueError(f"Column 'label' holds {row['label']!r}, expected a similarity from 0 to 5.")
     return [f"{round(row['label'] * 5) / 5:.1f}"]

@@ -1,4 +1,4 @@
-"""Ctrl-C without loss: the checkpoint is whole, and the command to go on is printed."""
+"""Ctrl-C saves a checkpoint and prints the command that resumes from it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 
 class SaveOnInterrupt(TrainerCallback):
-    """The first Ctrl-C finishes the step (or the evaluation) and saves; a second one stops at once."""
+    """On Ctrl-C, finish the step (or the evaluation) and save; on a second Ctrl-C, stop at once."""
 
     pressed = False
 
@@ -34,23 +34,23 @@ class SaveOnInterrupt(TrainerCallback):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """The Trainer writes its state after everything else."""
+def is_complete(checkpoint: Path) -> bool:
+    """Check that a checkpoint is complete: the Trainer writes its state last."""
     return (checkpoint / "trainer_state.json").is_file()
 
 
 def last_checkpoint(output_dir: Path) -> Path | None:
-    """The last whole checkpoint of a run."""
-    whole = [path for path in output_dir.glob("checkpoint-*") if is_whole(path)]
-    return max(whole, key=lambda path: int(path.name.split("-")[1]), default=None)
+    """Find the last complete checkpoint of a run."""
+    complete = [path for path in output_dir.glob("checkpoint-*") if is_complete(path)]
+    return max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def exit_with_command(output_dir: Path) -> None:
-    """Say how to go on from the last whole checkpoint."""
+    """Print the command that resumes from the last complete checkpoint, and exit."""
     last = last_checkpoint(output_dir)
     if last is None:
         print("\nInterrupted before the first checkpoint. Start again with --overwrite.")
         sys.exit(130)
     words = [word for word in sys.argv if word != "--overwrite"]
-    print("\nGo on with:\n" + shlex.join(["python", *words, "--resume_from_checkpoint", str(last)]))
+    print("\nResume with:\n" + shlex.join(["python", *words, "--resume_from_checkpoint", str(last)]))
     sys.exit(130)

@@ -1,11 +1,11 @@
-"""Metrics of generated texts, from 0 (or -1) to 1. Texts are compared without regard to case and spaces.
+"""Metrics of generated texts, from 0 (or -1) to 1. Case and spaces are ignored when texts are compared.
 
-An answer that is no label word is wrong. Where a metric is computed from classes, such an answer counts as
+An answer that is not a label word is wrong. In metrics that are computed from classes, such an answer counts as
 
-- the other class, in `f1` and `f1a` (as in T5), so that it is never better than a wrong word;
-- a class of its own, in `matthews` (as in T5), so that nothing but garbage scores 0 and not -1;
-- no class, in `macro_f1`: it lowers the recall of the row's class, and is not averaged as a class with F1 0;
-- a score of -1, in `pearson` and `spearman` (as in T5), as does a number outside 0 to 5.
+- the other class in `f1` and `f1a` (as in T5), so that it is never better than the wrong label word;
+- an additional class in `matthews` (as in T5), so that answers which are all invalid score 0 and not -1;
+- no class in `macro_f1`: it lowers the recall of the row's class, but is not averaged as a class with F1 0;
+- a score of -1 in `pearson` and `spearman` (as in T5), like a number outside 0 to 5.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def normalize(text: str) -> str:
 
 
 def normalize_answer(text: str) -> str:
-    """Without punctuation and articles too (SQuAD, Rajpurkar et al. 2016, section 6.1)."""
+    """Also remove punctuation and articles (SQuAD, Rajpurkar et al. 2016, section 6.1)."""
     text = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(word for word in text.split() if word not in ("a", "an", "the"))
 
 
 def class_ids(texts: Sequence[str], words: Sequence[str]) -> np.ndarray:
-    """The class of each text, -1 where it is no label word."""
+    """Return the class of each text, or -1 if it is not a label word."""
     ids = {normalize(word): i for i, word in enumerate(words)}
     return np.array([ids.get(normalize(text), -1) for text in texts])
 
@@ -73,7 +73,7 @@ def spearman(predictions: Sequence[str], rows: Mapping, words: Words = None) -> 
 
 
 def question_exact_match(predictions: Sequence[str], rows: Mapping, words: Words = None) -> float:
-    """Share of questions with all answers judged right (MultiRC, Khashabi et al. 2018)."""
+    """Share of questions with only correct predictions (MultiRC, Khashabi et al. 2018)."""
     right = defaultdict(list)
     for prediction, target, group in zip(predictions, rows["target"], rows["group"], strict=True):
         right[group].append(normalize(prediction) == normalize(target))
@@ -97,9 +97,9 @@ def token_f1(predictions: Sequence[str], rows: Mapping, words: Words = None) -> 
 
 
 def referent_match(predictions: Sequence[str], rows: Mapping, words: Words = None) -> float:
-    """Share of predictions that name the referent: its words, or some of them, or more (WSC in T5).
+    """Share of predictions that name the referent: with its words, some of them, or additional ones (WSC in T5).
 
-    "Bob" is not "Bob's hat", so both have an apostrophe, or none.
+    "Bob" does not match "Bob's hat": either both have an apostrophe or none.
     """
 
     def match(prediction: str, referent: str) -> bool:
@@ -138,7 +138,7 @@ def _best_over_answers(score: Callable[[str, str], float], predictions: Sequence
 
 
 def _correlation(correlate: Callable, predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """0 where one side is constant: there it is undefined, and NaN would never be beaten as the best."""
+    """Return 0 if one side is constant: the correlation is then undefined, and NaN would stay the best score."""
     values = [_similarity(text) for text in predictions], [float(text) for text in targets]
     if any(len(set(side)) < 2 for side in values):
         return 0.0

@@ -1,4 +1,4 @@
-"""What a run writes for its reader: `scores.json` and `scores.png`."""
+"""Write the scores of a run: `scores.json` and `scores.png`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def report(output_dir: Path, title: str, metrics: tuple[str, ...], scores: dict)
     """Write scores and curves.
 
     Args:
-        output_dir (`Path`): Where `scores.json` and `scores.png` are written.
-        title (`str`): Of the picture.
-        metrics (`tuple[str, ...]`): Metrics to draw; the first one has selected.
-        scores (`dict`): With `epochs` (a dict per epoch), `best` (one of them) and `test`.
+        output_dir (`Path`): Folder to write to.
+        title (`str`): Title of the plot.
+        metrics (`tuple[str, ...]`): Metrics to plot; the first one selected the best epoch.
+        scores (`dict`): Has `epochs` (a dict per epoch), `best` (one of them) and `test`.
     """
     import matplotlib
 
@@ -33,7 +33,7 @@ def report(output_dir: Path, title: str, metrics: tuple[str, ...], scores: dict)
     axes.legend()
     figure.savefig(output_dir / "scores.png", dpi=120)
     plt.close(figure)
-    # Last, and at once: who finds scores.json finds all else that the run writes.
+    # Last and atomically: if scores.json exists, all other files of the run exist too.
     scratch = output_dir / ".scores.json"
     scratch.write_text(json.dumps(scores, indent=2, default=str))
     os.replace(scratch, output_dir / "scores.json")

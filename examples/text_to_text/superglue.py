@@ -20,13 +20,13 @@ def multirc(row: dict) -> str:
 
 
 def record(row: dict) -> str:
-    """Bullet points behind the passage become sentences; the passage comes last, so that only it is ever cut."""
+    """Turn the bullet points after the passage into sentences. The passage is last, so only it is truncated."""
     passage = re.sub(r"([.?!\"'])\n@highlight\n", r"\1 ", row["passage"]).replace("\n@highlight\n", ". ")
     return f"record query: {row['query']} entities: {', '.join(row['entities'])} passage: {passage}"
 
 
 def mark(text: str, span: str, index: int, left: str, right: str) -> str:
-    """Put marks around `span`, which starts at word `index`; around that word, where the data has it wrong."""
+    """Put marks around `span`, which starts at word `index`, or around that word if the data is wrong."""
     start = re.match(rf"(?:\S+\s+){{0,{index}}}", text).end()
     found = re.compile(rf"(?<!\w){re.escape(span)}(?!\w)", re.IGNORECASE).search(text, start)
     found = found or re.compile(r"\S+|$").search(text, start)
@@ -38,7 +38,7 @@ def wsc_referent(row: dict) -> str:
 
 
 def wsc_fixed(row: dict) -> str:
-    """Stars around the noun, hashes around the pronoun; the later one first, which leaves the earlier index right."""
+    """Put stars around the noun and hashes around the pronoun, the later one first: the other index stays valid."""
     spans = [(row["span1_index"], row["span1_text"], "*"), (row["span2_index"], row["span2_text"], "#")]
     text = row["text"]
     for index, span, sign in sorted(spans, reverse=True):
@@ -78,7 +78,7 @@ SUPERGLUE = {
     ),
     "rte": superglue("rte", ("hypothesis", "premise"), ("entailment", "not_entailment"), prefix="rte"),
     "wic": superglue("wic", ("sentence1", "sentence2", "word"), FALSE_TRUE, prefix="wic"),
-    # To name the referent. Rows whose noun is not the referent do not say what would be right.
+    # The answer is the referent. Rows whose noun is not the referent are dropped: they have no correct answer.
     "wsc": superglue(
         "wsc",
         WSC_COLUMNS,

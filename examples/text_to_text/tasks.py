@@ -1,4 +1,4 @@
-"""What a text-to-text task is: where its rows come from, how a row becomes text, what counts as right."""
+"""The definition of a text-to-text task: its rows, how a row becomes text, and which answers are correct."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Task:
-    """One data set, as text in and text out.
+    """One data set as a text-to-text task.
 
-    The text is written as in T5 (Raffel et al. 2020, appendix D): prefix, then name and value of each column, as in
+    Texts are written as in T5 (Raffel et al. 2020, appendix D): a prefix, then name and value of each column, such as
     "rte sentence1: ... sentence2: ...".
 
     Args:
         repo (`str`): Data set on the Hub.
-        subset (`str`, *optional*): Its configuration.
-        revision (`str`): The commit that is loaded.
+        subset (`str`, *optional*): Configuration of the data set.
+        revision (`str`): Commit of the data set.
         columns (`tuple[str, ...]`): Columns that the text is made of, in order.
-        words (`tuple[str, ...]`, *optional*): The word for each class id; None where answers are free text.
-        metrics (`tuple[str, ...]`): Names of `metrics.METRICS`; the first one selects.
+        words (`tuple[str, ...]`, *optional*): The label word of each class id. None if answers are free text.
+        metrics (`tuple[str, ...]`): Names in `metrics.METRICS`; the first one selects the best epoch.
         prefix (`str`): First word of the text.
         label (`str`): Column with the class id, or the label word itself.
-        text (`Callable`, *optional*): Row to text, where T5's general form does not do.
-        answers (`Callable`, *optional*): Row to all its right answers, where they are free text.
-        target_length (`int`, *optional*): Tokens of the longest answer, where they are free text.
-        keep (`Callable`, *optional*): Says which rows are used.
-        group (`Callable`, *optional*): Row to what it is scored together with.
+        text (`Callable`, *optional*): Maps a row to its text, if T5's general format does not apply.
+        answers (`Callable`, *optional*): Maps a row to all its correct answers, if they are free text.
+        target_length (`int`, *optional*): Maximum number of tokens of an answer, if answers are free text.
+        keep (`Callable`, *optional*): Returns whether a row is used.
+        group (`Callable`, *optional*): Maps a row to a key; rows with the same key are scored together.
         train (`str`): Split to train on.
-        validation (`str`, *optional*): Split to select on. None: a part of the training split.
-        test (`str`, *optional*): Split to report on. None: half of the validation split, since test labels are hidden.
+        validation (`str`, *optional*): Split that selects the best epoch. None: a part of the training split.
+        test (`str`, *optional*): Split to report on. None: half of the validation split, if test labels are hidden.
     """
 
     repo: str
@@ -51,13 +51,13 @@ class Task:
     test: str | None = None
 
     def source_of(self, row: dict) -> str:
-        """The text that the model reads."""
+        """Return the input text of a row."""
         if self.text:
             return self.text(row)
         return " ".join([self.prefix, *(f"{column}: {row[column]}" for column in self.columns)])
 
     def answers_of(self, row: dict) -> list[str]:
-        """The texts that the model may answer."""
+        """Return the correct answers of a row."""
         if self.answers:
             return self.answers(row)
         label = row[self.label]
@@ -71,7 +71,7 @@ class Task:
         return [self.words[label]]
 
     def selected_by(self, metric: str | None) -> Task:
-        """The same task, with `metric` as the one that selects."""
+        """Return the same task with `metric` as the first one, which selects the best epoch."""
         if metric is None:
             return self
         if metric not in self.metrics:

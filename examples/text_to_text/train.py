@@ -1,4 +1,4 @@
-"""Residual prompt tuning, plain prompt tuning or full fine-tuning of a T5 on any of `data.TASKS`.
+"""Train T5 on a text-to-text task, with residual prompt tuning, plain prompt tuning or full fine-tuning.
 
 python examples/text_to_text/train.py --smoke                          # seconds, offline
 python examples/text_to_text/train.py --task embedded/sentiment        # a minute on a CPU, offline
@@ -29,7 +29,7 @@ from transformers import (
 )
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folders of examples/ find each other
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `text_to_text`
 
 from text_to_text.arguments import FORM, Arguments
 from text_to_text.data import find_task, load_texts, longest_target, tokenize
@@ -47,7 +47,7 @@ from peft_residual import (
 
 
 def load_data(args: Arguments, task: Task, tokenizer) -> DatasetDict:
-    """Texts and tokens; room for the prompt is left before anything is cut."""
+    """Load and tokenize the data. Texts are truncated so that there is room for the prompt."""
     limits = args.k_per_class, args.max_train_samples, args.max_eval_samples
     texts = load_texts(task, args.data_dir, *limits, seed=args.seed)
     prompt = 0 if args.method == "fine_tuning" else args.num_virtual_tokens
@@ -55,7 +55,7 @@ def load_data(args: Arguments, task: Task, tokenizer) -> DatasetDict:
 
 
 def make_model(args: Arguments):
-    """The model with what `--method` trains; only full fine-tuning keeps the model's own dropout."""
+    """Create the model to train. Only full fine-tuning keeps the dropout of the base model."""
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
     if args.method == "fine_tuning":
         return base
@@ -80,7 +80,7 @@ def make_model(args: Arguments):
 
 
 def make_scorer(task: Task, rows, tokenizer):
-    """The task's metrics, for predictions of `rows` in their order."""
+    """Return a function that computes the task's metrics for the predictions of `rows`."""
 
     def score(prediction) -> dict[str, float]:
         ids = np.where(prediction.predictions < 0, tokenizer.pad_token_id, prediction.predictions)
@@ -106,9 +106,9 @@ def make_trainer(args: Arguments, task: Task, data: DatasetDict, tokenizer) -> S
         load_best_model_at_end=True,
         metric_for_best_model=task.metrics[0],
         greater_is_better=True,
-        restore_callback_states_from_checkpoint=True,  # patience goes on where it was
+        restore_callback_states_from_checkpoint=True,  # resume the early stopping counter too
         predict_with_generate=True,
-        generation_max_length=longest_target(task, tokenizer) + 1,  # the token that starts the decoder counts
+        generation_max_length=longest_target(task, tokenizer) + 1,  # plus the decoder's start token
         bf16=args.bf16,
         seed=args.seed,
         report_to=[],
@@ -129,13 +129,13 @@ def make_trainer(args: Arguments, task: Task, data: DatasetDict, tokenizer) -> S
         compute_metrics=make_scorer(task, data["validation"], tokenizer),
         callbacks=[EarlyStoppingCallback(args.patience), SaveOnInterrupt()],
     )
-    if args.method == "residual":  # an argument of Trainer, which Seq2SeqTrainer does not pass on
+    if args.method == "residual":  # Seq2SeqTrainer does not accept this argument of Trainer
         trainer.optimizer_cls_and_kwargs = (ResidualOptimizerFactory, rates)
     return trainer
 
 
 def collect_scores(args: Arguments, task: Task, trainer: Seq2SeqTrainer, test: dict[str, float]) -> dict:
-    """Scores of each epoch, of the best one, and of the test split."""
+    """Collect the scores of each epoch, of the best epoch, and of the test split."""
     names = ("loss", *task.metrics)
     epochs = [
         {"epoch": entry["epoch"], "step": entry["step"], **{name: entry[f"eval_{name}"] for name in names}}
@@ -155,10 +155,12 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     set_seed(args.seed)
 
+    # Data, model, config
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = load_data(args, task, tokenizer)
     trainer = make_trainer(args, task, data, tokenizer)
 
+    # Train
     checkpoint = args.resume_from_checkpoint
     if not checkpoint:
         for old in args.output_dir.glob("checkpoint-*"):
@@ -168,8 +170,11 @@ def main() -> None:
     except KeyboardInterrupt:
         exit_with_command(args.output_dir)
 
+    # Evaluate
     trainer.compute_metrics = make_scorer(task, data["test"], tokenizer)
     scores = collect_scores(args, task, trainer, trainer.predict(data["test"]).metrics)
+
+    # Save
     trainer.model.save_pretrained(args.output_dir / "trained")
     if args.method == "residual":
         save_as_prompt_tuning(trainer.model, args.output_dir / "merged", overwrite=True)

@@ -1,4 +1,4 @@
-"""Training a soft prompt well: the optimizer, the base model's dropout, and checks before the first step."""
+"""Training a soft prompt: the optimizer, the base model's dropout, and checks of the setup before the first step."""
 
 from .checks import Finding, TrainingSetupCallback, check_training_setup
 from .dropout import BaseDropoutOff, disable_base_dropout

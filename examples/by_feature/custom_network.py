@@ -1,9 +1,9 @@
-"""A network of one's own, in five lines.
+"""A custom network in five lines.
 
-    python examples/by_feature/own_network.py [--smoke]
+    python examples/by_feature/custom_network.py [--smoke]
 
-Saving, loading and merging are those of the built-in networks. Whoever loads the adapter to train on must import the
-module that registers the network first; the merged prompt needs neither it nor this package.
+Saving, loading and merging work as with the built-in networks. A process that loads the adapter must import the module
+that registers the network first. The merged prompt needs neither that module nor this package.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from peft_residual import (
 
 @dataclass
 class NetworkArguments(TaskArguments):
-    """What to train on what."""
+    """What to train, and on which data."""
 
-    output_dir: Path = field(default=Path("build/by_feature/own_network"), metadata={"help": "Output folder."})
+    output_dir: Path = field(default=Path("build/by_feature/custom_network"), metadata={"help": "Output folder."})
 
 
-# New: a builder takes the config and returns a module that maps the prompt [P, H] to [P, H]; the skip is added to it
+# New: a function that takes the config and returns a module [P, H] -> [P, H]; the skip is added to its output
 @register_reparameterization("GATED", unused_fields=("encoder_activation", "encoder_num_attention_heads"))
 def gated(config):
     width, hidden = config.token_dim, config.encoder_hidden_size
@@ -51,7 +51,7 @@ def main() -> None:
 
     # Model, config
     base = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
-    # New: the network by its name
+    # New: the network is selected by its name
     model = get_peft_model(base, make_config(args, encoder_reparameterization_type="GATED", encoder_hidden_size=256))
     disable_base_dropout(model)
     print(model.prompt_encoder["default"].network)
@@ -64,16 +64,17 @@ def main() -> None:
     # Evaluate
     print(f"\ntest exact match: {test_score(args, model, data, tokenizer):.1%}")
 
-    # Save, merge
+    # Save: the adapter, and the projected prompt alone, which PEFT loads without this package
     adapter, merged = args.output_dir / "adapter", args.output_dir / "merged"
     model.save_pretrained(adapter)
     save_as_prompt_tuning(model, merged)
 
-    # New: the adapter's config names the network, so it is found again
+    # Reload
+    # New: with its network, which is named in the adapter's config
     fresh = AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(fresh, adapter, is_trainable=True)
     same = torch.equal(get_prompt_tensor(loaded), get_prompt_tensor(model))
-    print(f"loaded to train on, with its network: the prompt is {'the same' if same else 'ANOTHER ONE'}")
+    print(f"reloaded with its network: the prompt is {'the same' if same else 'DIFFERENT'}")
     print_saved(adapter, merged, base_code(args))
 
 
