@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import warnings
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, fields
 from enum import Enum
-from typing import Any, Optional, Union
+from types import MappingProxyType
+from typing import Any, Optional
 
-from peft import PeftType, PromptTuningConfig, PromptTuningInit, TaskType
+from peft import PeftType, PromptTuningConfig, TaskType
 from peft.config import PromptLearningConfig
 
 from .config_checks import check_fields, unused_fields
@@ -21,10 +23,6 @@ class ResidualPeftType(str, Enum):
 
 
 PEFT_TYPE = ResidualPeftType.RESIDUAL_PROMPT_TUNING
-
-
-def _help(text: str) -> dict[str, str]:
-    return {"help": text}
 
 
 @dataclass
@@ -41,6 +39,8 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
 
     Args:
         num_virtual_tokens (`int`): Prompt length `P`.
+        num_transformer_submodules (`int`, *optional*): 1 when None: the prompt is prepended to the encoder's input
+            only, the decoder gets none. 2 keeps rows for a decoder, as PEFT does.
         encoder_reparameterization_type (`str`): The network `φ`: `"MLP1"`, `"MLP2"`, `"LSTM1"`, `"LSTM2"`, `"LSTM"`,
             `"TRANSFORMER"`, `"SUPERPOS"` (each token is a trained weighted sum of frozen rows of the vocabulary),
             `"NONE"` (plain prompt tuning), or a name added by [`register_reparameterization`].
@@ -72,71 +72,24 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         ValueError: If a field has a value that cannot be right.
     """
 
-    num_virtual_tokens: int = field(default=10, metadata=_help("Number of virtual tokens, P."))
-    num_transformer_submodules: Optional[int] = field(
-        default=None,
-        metadata=_help("1 when None: the prompt is prepended to the encoder's input only, the decoder gets none."),
-    )
-    encoder_reparameterization_type: str = field(
-        default="MLP1",
-        metadata=_help(
-            "The network: MLP1, MLP2, LSTM1, LSTM2, LSTM, TRANSFORMER, SUPERPOS, NONE, or a registered name."
-        ),
-    )
-    encoder_hidden_size: int = field(
-        default=800,
-        metadata=_help("Width of the network's hidden layer, M; the rows that SUPERPOS mixes (its paper: 128)."),
-    )
-    encoder_shared: bool = field(
-        default=True, metadata=_help("True: one network for all virtual tokens. False: one per token (MLP1, MLP2).")
-    )
-    encoder_residual: bool = field(
-        default=True, metadata=_help("Whether the prompt embedding is added to the network's output (the skip).")
-    )
-    encoder_layer_norm: bool = field(
-        default=True, metadata=_help("Whether the network has a LayerNorm (at its end, before the skip).")
-    )
-    encoder_norm_first: bool = field(
-        default=False, metadata=_help("Whether the LayerNorm comes first in the network (MLP1, MLP2).")
-    )
-    encoder_zero_init: bool = field(
-        default=False,
-        metadata=_help("Whether the network's last weights start at zero, so that training starts at E (MLP1, MLP2)."),
-    )
-    encoder_activation: str = field(
-        default="relu", metadata=_help("Activation: any name of transformers' activation table.")
-    )
-    encoder_dropout: float = field(default=0.0, metadata=_help("Dropout probability in the network, in [0, 1)."))
-    encoder_num_attention_heads: int = field(
-        default=8, metadata=_help("Attention heads of TRANSFORMER; must divide token_dim.")
-    )
-    prompt_tuning_init: Union[PromptTuningInit, str] = field(
-        default="COMMON_VOCAB",
-        metadata=_help(
-            "How the prompt is initialized: COMMON_VOCAB, SAMPLE_VOCAB, RANDOM, TEXT, CLASS_LABELS, PROMPT, or a "
-            "registered name."
-        ),
-    )
-    prompt_tuning_init_vocab_size: int = field(
-        default=5000, metadata=_help("COMMON_VOCAB samples from this number of the most common rows.")
-    )
-    prompt_tuning_init_token_ids: Optional[list[int]] = field(
-        default=None,
-        metadata=_help(
-            "Token ids, the most common first (see most_common_token_ids). When None, ids are taken to be ordered by "
-            "frequency, as in SentencePiece and byte-pair vocabularies."
-        ),
-    )
-    prompt_tuning_init_class_labels: Optional[list[str]] = field(
-        default=None, metadata=_help("Label words for prompt_tuning_init='CLASS_LABELS'.")
-    )
-    prompt_tuning_init_state_dict_path: Optional[str] = field(
-        default=None,
-        metadata=_help("Adapter folder, .safetensors or .npy file for prompt_tuning_init='PROMPT'."),
-    )
-    prompt_tuning_init_seed: Optional[int] = field(
-        default=None, metadata=_help("Seed for initializing prompt and network; torch's own seed when None.")
-    )
+    num_virtual_tokens: int = 10
+    num_transformer_submodules: Optional[int] = None
+    encoder_reparameterization_type: str = "MLP1"
+    encoder_hidden_size: int = 800
+    encoder_shared: bool = True
+    encoder_residual: bool = True
+    encoder_layer_norm: bool = True
+    encoder_norm_first: bool = False
+    encoder_zero_init: bool = False
+    encoder_activation: str = "relu"
+    encoder_dropout: float = 0.0
+    encoder_num_attention_heads: int = 8
+    prompt_tuning_init: str = "COMMON_VOCAB"  # not PEFT's enum: `HfArgumentParser` would allow its members only
+    prompt_tuning_init_vocab_size: int = 5000
+    prompt_tuning_init_token_ids: Optional[list[int]] = None
+    prompt_tuning_init_class_labels: Optional[list[str]] = None
+    prompt_tuning_init_state_dict_path: Optional[str] = None
+    prompt_tuning_init_seed: Optional[int] = None
     init_vocab_size: InitVar[Optional[int]] = None
 
     def __post_init__(self, init_vocab_size: int | None) -> None:
@@ -228,3 +181,17 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         if self.tokenizer_kwargs:
             values["tokenizer_kwargs"].pop("trust_remote_code", None)
         return values
+
+
+def _set_help() -> None:
+    """Give each field its text in the docstring as help, which `HfArgumentParser` shows."""
+    described = re.findall(
+        r"^        (\w+) \(.+?\): (.+(?:\n {12}.+)*)", ResidualPromptTuningConfig.__doc__ or "", re.M
+    )
+    texts = {name: " ".join(text.split()) for name, text in described}
+    for config_field in fields(ResidualPromptTuningConfig):
+        if config_field.name in texts:
+            config_field.metadata = MappingProxyType({"help": texts[config_field.name]})
+
+
+_set_help()

@@ -61,6 +61,20 @@ def check_token_dim(config: Any) -> None:
         )
 
 
+def check_width(config: Any, word_embeddings: Any) -> None:
+    """Check that the prompt has the width of the base model's word embeddings.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    width = getattr(word_embeddings, "embedding_dim", config.token_dim)
+    if width != config.token_dim:
+        raise ValueError(
+            f"`token_dim`={config.token_dim} does not fit the model, whose word embeddings have width {width}. "
+            f"Load the adapter into the base model that it was trained for, or set token_dim={width}."
+        )
+
+
 def _check_peft_fields(config: Any, is_from_file: bool) -> None:
     _check_positive_int(config, "num_virtual_tokens")
     submodules = config.num_transformer_submodules

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import threading
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -16,15 +14,13 @@ from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
 from .config import ResidualPromptTuningConfig
-from .config_checks import check_token_dim
+from .config_checks import check_token_dim, check_width
 from .initialization import initialize_prompt
-from .networks import build_network
-from .registry import REPARAMETERIZATIONS
+from .networks import build_network, build_network_to_load
 from .storage import checkpoint
 from .storage.sharded import gathered_state, gathered_tensors
 
 
-_RANDOM_STATE_LOCK = threading.RLock()
 _LIVE: WeakSet[ResidualPromptEncoder] = WeakSet()
 
 
@@ -60,8 +56,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         check_width(config, word_embeddings)
         with torch.device("cpu"):  # even if the user has set another default device: PEFT moves the encoder
             generator, network_seed = _random_sources(config)
-            with _own_random_state(network_seed):
-                network = build_network(config)
+            network = build_network(config, network_seed)
             embedding = initialize_prompt(config, word_embeddings, generator, special_ids)
             if config.mixes_vocabulary:  # token i is initialized as row i, modulo the number of rows
                 network.get_buffer("rows").copy_(embedding)
@@ -84,7 +79,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
             ValueError: If the state does not fit the config, or does not result in `projected`.
         """
         check_token_dim(config)
-        network = _network_without_weights(config)
+        network = build_network_to_load(config, _random_sources(config)[1])
         own = {checkpoint.NETWORK_PREFIX + name: tensor for name, tensor in network.state_dict().items()}
         own[checkpoint.EMBEDDING_KEY] = torch.empty(config.total_virtual_tokens, config.embedding_width, device="meta")
         checkpoint.check_leaves(own, state)
@@ -98,7 +93,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         encoder._assemble(config, embedding, network)
         encoder.requires_grad_(False).eval()
         with torch.no_grad():
-            check_projection(config, projected, encoder.project())
+            checkpoint.check_projection(vars(config), projected, encoder.project())
         encoder._remember(projected.to("cpu", copy=True))
         return encoder
 
@@ -178,7 +173,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
         `cached_property` keeps it out of the submodules.
         """
-        return _network_without_weights(self.config).to("meta")
+        return build_network_to_load(self.config, 0).to("meta")
 
     def frozen_projection(self) -> Tensor:
         """The projected prompt of frozen weights, without dropout: `[P, H]`, recomputed only if a weight changed."""
@@ -256,7 +251,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         remembered = None if self.is_trainable else self._remembered()
         if remembered is not None:
             remembered = remembered.to("cpu", torch.float32, copy=True)
-            if _is_same_projection(remembered, recomputed):
+            if checkpoint.is_same_projection(remembered, recomputed):
                 return remembered
         return recomputed
 
@@ -279,7 +274,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
             )
         own = encoder.state_dict()
         checkpoint.check_leaves(own, state)
-        check_projection(encoder.config, projected, encoder.project_state(state))
+        checkpoint.check_projection(vars(encoder.config), projected, encoder.project_state(state))
         live = {
             # Copied for the same reason as in `from_state`.
             f"prompt_encoder.{adapter_name}.{key}": tensor.to(own[key].device, copy=True)
@@ -297,63 +292,8 @@ def is_in_use(config: ResidualPromptTuningConfig) -> bool:
     return any(encoder.config is config for encoder in list(_LIVE))
 
 
-def check_width(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> None:
-    """Check that the prompt has the width of the base model's word embeddings.
-
-    Raises:
-        ValueError: If it has not.
-    """
-    width = getattr(word_embeddings, "embedding_dim", config.token_dim)
-    if width != config.token_dim:
-        raise ValueError(
-            f"`token_dim`={config.token_dim} does not fit the model, whose word embeddings have width {width}. "
-            f"Load the adapter into the base model that it was trained for, or set token_dim={width}."
-        )
-
-
-def check_projection(config: ResidualPromptTuningConfig, projected: Tensor, recomputed: Tensor) -> None:
-    """Check that a checkpoint's embedding and network, under this config, result in its projected prompt.
-
-    Settings such as the activation leave no trace in the shapes of the weights. This check finds them.
-
-    Args:
-        config ([`ResidualPromptTuningConfig`]): The settings, for the message.
-        projected (`torch.Tensor`): `[P, H]`, from the checkpoint.
-        recomputed (`torch.Tensor`): `[P, H]`, float32, from the checkpoint's embedding and network.
-
-    Raises:
-        ValueError: If they differ by more than the rounding of other hardware explains.
-    """
-    if _is_same_projection(projected.cpu().float(), recomputed):
-        return
-    settings = {name: value for name, value in vars(config).items() if name.startswith("encoder_")}
-    raise ValueError(
-        "The checkpoint's prompt embedding and network do not result in its own projected prompt under this config: "
-        f"the checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with "
-        "the checkpoint's `adapter_config.json`, or save or download the adapter again."
-    )
-
-
-def _is_same_projection(projected: Tensor, recomputed: Tensor) -> bool:
-    if torch.equal(projected, recomputed):
-        return True
-    if projected.shape != recomputed.shape:
-        return False
-    tolerance = 1e-3 * float(projected.abs().nan_to_num(posinf=0).max())
-    return torch.allclose(recomputed, projected, rtol=1e-3, atol=tolerance, equal_nan=True)
-
-
 def _add_skip(config: ResidualPromptTuningConfig, embedding: Tensor, output: Tensor) -> Tensor:
     return embedding + output if config.has_skip else output
-
-
-def _network_without_weights(config: ResidualPromptTuningConfig) -> nn.Module:
-    """The network before its weights are loaded: a built-in one on "meta", which allocates and draws nothing."""
-    if REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder.__module__ == build_network.__module__:
-        return build_network(config, "meta")
-    # A custom network may be impossible to build on "meta". Buffers that are not saved are what they were in training.
-    with _own_random_state(_random_sources(config)[1]):
-        return build_network(config)
 
 
 def _random_sources(config: ResidualPromptTuningConfig) -> tuple[torch.Generator, int]:
@@ -361,11 +301,3 @@ def _random_sources(config: ResidualPromptTuningConfig) -> tuple[torch.Generator
     seed = config.prompt_tuning_init_seed
     generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
     return generator, int(torch.randint(2**62, (), generator=generator, device="cpu"))
-
-
-@contextmanager
-def _own_random_state(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, which modules initialize their weights from, and restore its state afterwards."""
-    with _RANDOM_STATE_LOCK, torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        yield

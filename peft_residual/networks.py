@@ -9,6 +9,7 @@ has no skip and maps weights `[P, M]` to `[P, H]`.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 
 import torch
@@ -20,6 +21,8 @@ from .registry import REPARAMETERIZATIONS
 
 
 Builder = Callable[[ResidualPromptTuningConfig], nn.Module]
+
+_RANDOM_STATE_LOCK = threading.RLock()
 
 # Config fields that some of the networks below do not use.
 _ATTENTION = ("encoder_num_attention_heads",)
@@ -55,14 +58,24 @@ def register_reparameterization(
     )
 
 
-def build_network(config: ResidualPromptTuningConfig, device: str = "cpu") -> nn.Module:
+def build_network(config: ResidualPromptTuningConfig, seed: int, device: str = "cpu") -> nn.Module:
     """Build the network that `config` describes, with new weights in float32.
 
-    The weights are drawn from torch's default CPU generator. On the device `"meta"` no memory is allocated: the
-    network then only tells the shapes of its weights.
+    Modules draw their weights from torch's default CPU generator: it is seeded, and its state restored afterwards. On
+    the device `"meta"` nothing is allocated or drawn: the network then only tells the shapes of its weights.
     """
-    with torch.device(device):
+    with _RANDOM_STATE_LOCK, torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.default_generator.manual_seed(seed)
         return REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder(config).float()
+
+
+def build_network_to_load(config: ResidualPromptTuningConfig, seed: int) -> nn.Module:
+    """Build the network whose weights will be loaded: on `"meta"`, except for custom networks, which may not allow it.
+
+    The seed gives a custom network's buffers that are not saved the values that they had in training.
+    """
+    builder = REPARAMETERIZATIONS[config.encoder_reparameterization_type].builder
+    return build_network(config, seed, device="meta" if builder.__module__ == __name__ else "cpu")
 
 
 class PerTokenLinear(nn.Module):

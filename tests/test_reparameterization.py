@@ -200,7 +200,7 @@ def test_per_token_layer_norm_starts_as_separate_layer_norms():
 def test_weights_are_float32_on_the_cpu_whatever_the_default_type():
     torch.set_default_dtype(torch.bfloat16)
     try:
-        network = build_network(make_config(token_dim=WIDTH))
+        network = build_network(make_config(token_dim=WIDTH), seed=0)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {(p.dtype, p.device.type) for p in network.parameters()} == {(torch.float32, "cpu")}

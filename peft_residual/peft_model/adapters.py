@@ -16,7 +16,8 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor
 
 from ..config import ResidualPromptTuningConfig
-from ..encoder import ResidualPromptEncoder, check_width
+from ..config_checks import check_width
+from ..encoder import ResidualPromptEncoder
 from ..storage import atomic, model_card
 from ..storage.sharded import gathered_state, is_sharded
 from .learning_rate import watch_learning_rate

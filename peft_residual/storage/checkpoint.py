@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,3 +127,36 @@ def check_leaves(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) ->
     ]
     if wrong:
         raise ValueError(f"{', '.join(wrong)}: expected floating-point numbers. Save or download the adapter again.")
+
+
+def check_projection(settings: Mapping[str, Any], projected: Tensor, recomputed: Tensor) -> None:
+    """Check that a checkpoint's prompt embedding and network, under its config, result in its projected prompt.
+
+    Settings such as the activation leave no trace in the shapes of the weights. This check finds them.
+
+    Args:
+        settings (`Mapping[str, Any]`): The config's fields, for the message.
+        projected (`torch.Tensor`): `[P, H]`, from the checkpoint.
+        recomputed (`torch.Tensor`): `[P, H]`, float32, from the checkpoint's embedding and network.
+
+    Raises:
+        ValueError: If they differ by more than the rounding of other hardware explains.
+    """
+    if is_same_projection(projected.cpu().float(), recomputed):
+        return
+    settings = {name: value for name, value in settings.items() if name.startswith("encoder_")}
+    raise ValueError(
+        "The checkpoint's prompt embedding and network do not result in its own projected prompt under this config: "
+        f"the checkpoint was trained with other settings, or is damaged. Settings here: {settings}. Compare them with "
+        "the checkpoint's `adapter_config.json`, or save or download the adapter again."
+    )
+
+
+def is_same_projection(projected: Tensor, recomputed: Tensor) -> bool:
+    """Whether two projected prompts differ by no more than the rounding of other hardware explains."""
+    if torch.equal(projected, recomputed):
+        return True
+    if projected.shape != recomputed.shape:
+        return False
+    tolerance = 1e-3 * float(projected.abs().nan_to_num(posinf=0).max())
+    return torch.allclose(recomputed, projected, rtol=1e-3, atol=tolerance, equal_nan=True)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import PromptTuningConfig, TaskType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.prompt_tuning import PromptTuningInit
@@ -167,6 +168,11 @@ def check_tensors(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) -> 
     if isinstance(config, ResidualPromptTuningConfig):
         config.check_task_type()
         projected, state, heads = checkpoint.unpack(tensors)
+        # The network is compared when it is built. First its size, which is then no larger than the file allows.
+        embedding_width = _with_width(config, projected).embedding_width
+        embedding = torch.empty(config.total_virtual_tokens, embedding_width, device="meta")
+        key = checkpoint.EMBEDDING_KEY
+        checkpoint.check_leaves({key: embedding}, {key: state[key]})
     else:
         projected = checkpoint.projected_prompt(tensors)
         heads = {key: tensor for key, tensor in tensors.items() if key != checkpoint.PROJECTED_KEY}
