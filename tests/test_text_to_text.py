@@ -199,7 +199,7 @@ def test_target_lengths_are_counted_where_words_are_fixed(tokenizer):
     words = dataclasses.replace(TASKS["embedded/topic"], words=("sun", "the film was good"))
     assert data.longest_target(words, tokenizer) == 5
     assert data.longest_target(TASKS["super_glue/record"], tokenizer) == 48
-    with pytest.raises(ValueError, match="The tokenizer cannot spell 'Ω': no answer could be right"):
+    with pytest.raises(ValueError, match="The tokenizer cannot encode 'Ω', so no answer could be correct"):
         data.longest_target(dataclasses.replace(words, words=("sun", "Ω")), tokenizer)
 
 
