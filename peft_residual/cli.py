@@ -1,9 +1,9 @@
 """The command line `peft-residual`.
 
-A command is a function that adds its options to a parser and returns what to run; its docstring is its help. To add a
-command, write such a function and name it in `COMMANDS`.
+A command is a function that adds its options to a parser and returns the function to run. Its docstring is its help. To
+add a command, write such a function and add it to `COMMANDS`.
 
-Exit codes: 0 done, 1 something is wrong with an adapter or cannot be done, 2 the command line is wrong.
+Exit codes: 0 for success, 1 for an adapter that is not valid or an error, 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from .storage.validation import check_adapter
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command has to say: for people, for programs (`--json`), and its exit code."""
+    """What a command prints, as text or as JSON, and its exit code."""
 
     text: str
     values: dict[str, Any]
@@ -47,9 +47,9 @@ Command = Callable[[ArgumentParser], Run]
 
 
 def check_command(parser: ArgumentParser) -> Run:
-    """Say whether an adapter is whole, and what it is: kind, format version, base model, sizes.
+    """Check whether an adapter is valid, and show its type, format version, base model and sizes.
 
-    Reads the adapter's files alone; nothing in them is executed. The exit code is 1 if anything is wrong.
+    Only the adapter's files are read, and nothing in them is executed. The exit code is 1 if anything is wrong.
 
     examples:
       peft-residual check adapter
@@ -65,9 +65,9 @@ def check_command(parser: ArgumentParser) -> Run:
 
 
 def inspect_command(parser: ArgumentParser) -> Run:
-    """Look inside a prompt: norms, the network's share, similarities, nearest words, distance from the start.
+    """Show norms of a prompt, the network's share, similarities, nearest words, distance from the initialization.
 
-    Words and start need the base model. Without --base, the one that the adapter names is loaded if it can be.
+    Words and distances need the base model. Without --base, the one that the adapter names is loaded, if possible.
 
     examples:
       peft-residual inspect adapter
@@ -77,9 +77,9 @@ def inspect_command(parser: ArgumentParser) -> Run:
     _add_adapter(parser)
     base = parser.add_mutually_exclusive_group()
     base.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
-    base.add_argument("--no-base", action="store_true", help="load no base model: no words, no start")
+    base.add_argument("--no-base", action="store_true", help="load no base model: no words, no distances")
     parser.add_argument("-k", type=int, default=5, help="nearest words per virtual token (default: %(default)s)")
-    parser.add_argument("--plot", metavar="FILE", help="also draw pictures, into a .png, .svg or .pdf file")
+    parser.add_argument("--plot", metavar="FILE", help="also save plots to a .png, .svg or .pdf file")
 
     def run(options: Namespace) -> Outcome:
         folder, tokenizer = _folder(options), None
@@ -87,12 +87,12 @@ def inspect_command(parser: ArgumentParser) -> Run:
         name = options.base or read_adapter_config(folder).base_model_name_or_path
         if name and not options.no_base:
             try:
-                # A head of another size than the adapter's does not matter for looking at the prompt.
+                # The head is not needed to inspect the prompt.
                 model, tokenizer = _load_model(folder, name, ignore_mismatched_sizes=True)
             except (ValueError, OSError) as error:
                 if options.base:
                     raise
-                _say(f"no base model, so no words: {error}")
+                _say(f"no base model, therefore no words: {error}")
         report = replace(inspect_prompt(model, tokenizer, k=options.k), name=options.adapter)
         if options.plot:
             plot_prompt(report, options.plot)
@@ -111,68 +111,71 @@ def merge_command(parser: ArgumentParser) -> Run:
       peft-residual merge someone/some-adapter merged --overwrite
     """
     _add_adapter(parser)
-    parser.add_argument("out", help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace the folder if it holds an adapter")
+    parser.add_argument("save_directory", help="folder to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter")
 
     def run(options: Namespace) -> Outcome:
-        return _written(save_as_prompt_tuning(_folder(options), options.out, overwrite=options.overwrite))
+        return _written(save_as_prompt_tuning(_folder(options), options.save_directory, overwrite=options.overwrite))
 
     return run
 
 
 def export_command(parser: ArgumentParser) -> Run:
-    """Write a prompt in another format, for engines that do not know this package. docs/after-training.md says which.
+    """Save a prompt in another format, for tools that do not know this package. See docs/after-training.md.
 
-    prompt-tuning   a plain prompt tuning adapter, as `merge`
     prefix-tuning   a causal model's prompt as keys and values: a prefix tuning adapter
-    vocabulary      an ordinary checkpoint and tokenizer, with the prompt as new words; says what it will write first
+    vocabulary      an ordinary checkpoint and tokenizer with the prompt as new tokens; prints its size first
     tensors         the prompt alone, in a .safetensors, .npy or .pt file
 
-    prefix-tuning and vocabulary need the base model. Without --base, the one that the adapter names is loaded.
+    prefix-tuning and vocabulary need the base model. Without --base, the one that the adapter names is loaded. For a
+    plain prompt tuning adapter use `merge`.
 
     examples:
-      peft-residual export prompt-tuning someone/some-adapter merged --revision v1
-      peft-residual export prefix-tuning adapter prefix --base gpt2
+      peft-residual export prefix-tuning someone/some-adapter prefix --revision v1 --base gpt2
       peft-residual export vocabulary adapter checkpoint --token-format "<sentiment_{i}>"
       peft-residual export vocabulary adapter checkpoint --dry-run --json
       peft-residual export tensors adapter prompt.safetensors
     """
     parser.add_argument("format", choices=_EXPORTS)
     _add_adapter(parser)
-    parser.add_argument("out", help="folder to write; with tensors, a file")
+    parser.add_argument("save_directory", help="folder to write; for tensors, the file")
     parser.add_argument("--base", help="folder or Hub id of the base model (default: the one that the adapter names)")
-    parser.add_argument("--token-format", help="vocabulary: how new words are spelled (default: <task_{i}>)")
-    parser.add_argument("--dry-run", action="store_true", help="vocabulary: only say what would be written")
-    parser.add_argument("--overwrite", action="store_true", help="replace what such an export wrote there before")
+    parser.add_argument("--token-format", help="vocabulary: spelling of the new tokens (default: <task_{i}>)")
+    parser.add_argument("--dry-run", action="store_true", help="vocabulary: only print what would be written")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing export")
 
     def run(options: Namespace) -> Outcome:
         if options.format != "vocabulary" and (options.token_format or options.dry_run):
             parser.error(f"--token-format and --dry-run are for vocabulary, not for {options.format}")
-        if options.format in ("prompt-tuning", "tensors") and options.base:
-            parser.error(f"{options.format} needs no base model: leave --base out")
+        if options.format == "tensors" and options.base:
+            parser.error("tensors needs no base model: leave --base out")
         return _EXPORTS[options.format](options)
 
     return run
 
 
 def card_command(parser: ArgumentParser) -> Run:
-    """Write the model card of an adapter's folder (README.md), or bring it up to date. What you wrote in it stays.
+    """Write or update the model card of an adapter's folder (README.md). What you wrote in it stays.
 
-    Metadata, how to load the adapter, hyperparameters, citation; and results: those of --metric, or else the last
-    evaluation of a Trainer's checkpoint.
+    It has metadata, how to load the adapter, hyperparameters and the citation. Results are those of --metric, or else
+    the last evaluation of a Trainer's checkpoint.
 
     examples:
       peft-residual card adapter --metric accuracy=0.93 --metric f1=0.91
       peft-residual card output/checkpoint-500
     """
     parser.add_argument("adapter", help="folder of the adapter")
-    parser.add_argument("--metric", metavar="NAME=VALUE", type=_metric, action="append", help="a result; repeatable")
+    parser.add_argument(
+        "--metric", metavar="NAME=VALUE", type=_metric, action="append", help="a result; can be repeated"
+    )
 
     def run(options: Namespace) -> Outcome:
         results = dict(options.metric or ()) or read_results(options.adapter)
         path = update_card(options.adapter, results=results)
         if path is None:
-            raise ValueError(f"`{options.adapter}` has no {CONFIG_NAME}: it is no adapter's folder. Check the path.")
+            raise ValueError(
+                f"`{options.adapter}` has no {CONFIG_NAME}: it is not an adapter's folder. Check the path."
+            )
         return Outcome(str(path), {"card": str(path)})
 
     return run
@@ -181,22 +184,22 @@ def card_command(parser: ArgumentParser) -> Run:
 def push_command(parser: ArgumentParser) -> Run:
     """Upload an adapter's folder to the Hub: weights, config and model card, which is written if there is none.
 
-    Nothing is uploaded of an adapter that is not whole. The token is that of `hf auth login`, or of HF_TOKEN.
+    An adapter that is not valid is not uploaded. The token is that of `hf auth login`, or HF_TOKEN.
 
     examples:
       peft-residual push adapter someone/some-adapter
       peft-residual push merged someone/some-adapter --revision merged --private
     """
     parser.add_argument("adapter", help="folder of the adapter")
-    parser.add_argument("repo_id", help="id on the Hub; the repository is made if there is none")
+    parser.add_argument("repo_id", help="id on the Hub; a missing repository is created")
     parser.add_argument("--private", action="store_true", default=None, help="make a new repository private")
-    parser.add_argument("--revision", help="branch to push to, made if there is none (default: main)")
+    parser.add_argument("--revision", help="branch to push to, created if missing (default: main)")
 
     def run(options: Namespace) -> Outcome:
         from huggingface_hub import create_branch, create_repo, upload_folder
 
         if not os.path.isdir(options.adapter):
-            raise ValueError(f"`{options.adapter}` is no folder. Name the adapter's folder.")
+            raise ValueError(f"`{options.adapter}` is not a folder. Name the adapter's folder.")
         report = check_adapter(options.adapter)
         if not report.is_valid:
             return Outcome(str(report), report.to_dict(), code=1)
@@ -210,7 +213,7 @@ def push_command(parser: ArgumentParser) -> Run:
             commit = upload_folder(
                 repo_id=repo_id, folder_path=options.adapter, revision=options.revision, allow_patterns=files
             )
-        except RuntimeError as error:  # the client's wrapping of whatever ended an upload
+        except RuntimeError as error:  # the client wraps every error of an upload
             raise OSError(f"{error} {error.__cause__ or ''} Nothing was committed. Try again.") from error
         return Outcome(commit.commit_url, {"repo_id": repo_id, "commit": commit.oid, "url": commit.commit_url})
 
@@ -247,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command(subparser))
         subparser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    from huggingface_hub.errors import HTTPError  # also of connections that break off, which are no `OSError`
+    from huggingface_hub.errors import HTTPError  # includes broken connections, which are not an `OSError`
 
     try:
         outcome: Outcome = options.run(options)
@@ -286,24 +289,20 @@ def _metric(text: str) -> tuple[str, float]:
     return name, float(value)
 
 
-def _export_prompt_tuning(options: Namespace) -> Outcome:
-    return _written(save_as_prompt_tuning(_folder(options), options.out, overwrite=options.overwrite))
-
-
 def _export_prefix_tuning(options: Namespace) -> Outcome:
-    model, _ = _load_whole_model(options)
-    return _written(save_as_prefix_tuning(model, options.out, overwrite=options.overwrite))
+    model, _ = _load_base_and_adapter(options)
+    return _written(save_as_prefix_tuning(model, options.save_directory, overwrite=options.overwrite))
 
 
 def _export_vocabulary(options: Namespace) -> Outcome:
-    model, tokenizer = _load_whole_model(options)
+    model, tokenizer = _load_base_and_adapter(options)
     if tokenizer is None:
-        raise ValueError("New words need the base model's tokenizer. Save it beside the base model.")
+        raise ValueError("New tokens need the base model's tokenizer. Save it in the base model's folder.")
     spelling = {"token_format": options.token_format} if options.token_format else {}
-    export = save_as_vocabulary(model, tokenizer, options.out, dry_run=True, **spelling)
+    export = save_as_vocabulary(model, tokenizer, options.save_directory, dry_run=True, **spelling)
     size = f"{export.size:,} bytes to write, {export.free:,} bytes free"
     values = {
-        "out": str(export.folder),
+        "save_directory": str(export.folder),
         "prefix": export.prefixes["default"],
         "size": export.size,
         "free": export.free,
@@ -311,16 +310,15 @@ def _export_vocabulary(options: Namespace) -> Outcome:
     if options.dry_run:
         return Outcome(f"{export.folder}: {size}", values)
     _say(size)
-    save_as_vocabulary(model, tokenizer, options.out, overwrite=options.overwrite, **spelling)
+    save_as_vocabulary(model, tokenizer, options.save_directory, overwrite=options.overwrite, **spelling)
     return Outcome(f"{export.folder}\n  put in front of a text: {export.prefixes['default']}", values)
 
 
 def _export_tensors(options: Namespace) -> Outcome:
-    return _written(save_prompt_tensor(_folder(options), options.out, overwrite=options.overwrite))
+    return _written(save_prompt_tensor(_folder(options), options.save_directory, overwrite=options.overwrite))
 
 
 _EXPORTS: dict[str, Run] = {
-    "prompt-tuning": _export_prompt_tuning,
     "prefix-tuning": _export_prefix_tuning,
     "vocabulary": _export_vocabulary,
     "tensors": _export_tensors,
@@ -330,14 +328,14 @@ _EXPORTS: dict[str, Run] = {
 def _written(out: Path) -> Outcome:
     sizes = {path.name: path.stat().st_size for path in (sorted(out.iterdir()) if out.is_dir() else [out])}
     lines = [f"{out}", *(f"  {name}: {size:,} bytes" for name, size in sizes.items())]
-    return Outcome("\n".join(lines), {"out": str(out), "sizes": sizes})
+    return Outcome("\n".join(lines), {"save_directory": str(out), "sizes": sizes})
 
 
-def _load_whole_model(options: Namespace) -> tuple[PeftModel, Any]:
+def _load_base_and_adapter(options: Namespace) -> tuple[PeftModel, Any]:
     folder = _folder(options)
     name = options.base or read_adapter_config(folder).base_model_name_or_path
     if not name:
-        raise ValueError(f"`{options.adapter}` does not name its base model. Name it with --base.")
+        raise ValueError(f"`{options.adapter}` does not name its base model. Use --base.")
     return _load_model(folder, name)
 
 
@@ -352,9 +350,9 @@ def _load_model(adapter: str, name: str, **kwargs: Any) -> tuple[PeftModel, Any]
     model_class = getattr(transformers, MODEL_CLASSES.get(str(getattr(task_type, "value", task_type)), "AutoModel"))
     base = model_class.from_pretrained(name, trust_remote_code=False)
     model = PeftModel.from_pretrained(base, adapter, **kwargs)
-    # Without a saved tokenizer transformers makes an empty one up, for some types of model.
+    # For some model types transformers creates an empty tokenizer if none is saved.
     if not get_tokenizer_config(name):
-        _say(f"`{name}` has no tokenizer, so ids in place of words")
+        _say(f"`{name}` has no tokenizer, therefore ids instead of words")
         return model, None
     return model, transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 

@@ -1,6 +1,6 @@
-"""Pictures of a prompt: how alike its tokens are, where they lie among words, how long they are.
+"""Plots of a prompt: the similarity of its tokens, their place among words, their norms.
 
-Needs matplotlib (`pip install "peft-residual[plots]"`), which is imported when a picture is made.
+Needs matplotlib (`pip install "peft-residual[plots]"`), which is imported when a plot is made.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from .report import PromptReport
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_PROMPT, _RAW, _WORDS = "tab:red", "tab:blue", "0.45"
+_PROMPT, _EMBEDDING, _WORDS = "tab:red", "tab:blue", "0.45"
 
 
 def plot_similarity(report: PromptReport, axes: Any = None) -> Figure:
-    """A heat map of the cosine similarities between the projected tokens.
+    """Plot a heat map of the cosine similarities between the projected tokens.
 
     Args:
         report ([`PromptReport`]): What [`inspect_prompt`] returned.
@@ -43,11 +43,10 @@ def plot_similarity(report: PromptReport, axes: Any = None) -> Figure:
 
 
 def plot_map(report: PromptReport, axes: Any = None) -> Figure:
-    """A map of the virtual tokens among the words that are nearest to them, the nearest of each by name.
+    """Plot the virtual tokens and the words nearest to them in two dimensions, with the nearest word of each token.
 
-    Directions (vectors divided by their length), seen along the two axes in which they differ most (principal
-    components); the axes' labels say how much of the differences they show. The raw prompt is drawn too, if there is
-    one, with a line to what the network makes of it.
+    Vectors are normalized and shown along their first two principal components; the axes' labels give each component's
+    share of the variance. The prompt embedding, if there is one, is connected to the projected prompt by lines.
 
     Args:
         report ([`PromptReport`]): What [`inspect_prompt`] returned for a model, not for a folder.
@@ -62,23 +61,23 @@ def plot_map(report: PromptReport, axes: Any = None) -> Figure:
     """
     if not report.nearest:
         raise ValueError(
-            f"The report on {report.name!r} has no nearest tokens to draw a map of. Inspect a model, not a folder "
-            "(command line: give `--base`)."
+            f"The report on {report.name!r} has no nearest tokens to plot. Inspect a model, not a folder "
+            "(command line: use `--base`)."
         )
     axes = _axes(axes)
-    prompts = [report.projected] if report.raw is None else [report.projected, report.raw]
+    prompts = [prompt for prompt in (report.projected, report.embedding) if prompt is not None]
     nearest = report.nearest["projected"]["cosine"]
     places, shares = _principal(torch.cat([*prompts, nearest.rows.flatten(0, 1)]))
     count = len(report.projected)
-    projected, raw, words = places[:count], places[count : -nearest.ids.numel()], places[-nearest.ids.numel() :]
+    projected, embedding, words = places[:count], places[count : -nearest.ids.numel()], places[-nearest.ids.numel() :]
     axes.scatter(*words.T, s=12, color=_WORDS, label="nearest words")
     first_words = words.unflatten(0, nearest.ids.shape)[:, 0].tolist()
     for word, place in {tokens[0]: place for tokens, place in zip(nearest.tokens, first_words)}.items():
         axes.annotate(_plain(word), place, xytext=(3, 3), textcoords="offset points", fontsize=8, color=_WORDS)
-    for start, end in zip(raw.tolist(), projected.tolist()):
-        axes.plot(*zip(start, end), color=_RAW, linewidth=0.6, alpha=0.5, zorder=0)
-    if len(raw):
-        axes.scatter(*raw.T, s=36, facecolors="none", edgecolors=_RAW, label="raw prompt")
+    for start, end in zip(embedding.tolist(), projected.tolist()):
+        axes.plot(*zip(start, end), color=_EMBEDDING, linewidth=0.6, alpha=0.5, zorder=0)
+    if len(embedding):
+        axes.scatter(*embedding.T, s=36, facecolors="none", edgecolors=_EMBEDDING, label="prompt embedding")
     axes.scatter(*projected.T, s=36, color=_PROMPT, label="projected prompt")
     for index, place in enumerate(projected.tolist()):
         axes.annotate(str(index), place, xytext=(5, -9), textcoords="offset points", fontsize=9, color=_PROMPT)
@@ -93,7 +92,7 @@ def plot_map(report: PromptReport, axes: Any = None) -> Figure:
 
 
 def plot_norms(report: PromptReport, axes: Any = None) -> Figure:
-    """Bars with the length of each virtual token, before the band of lengths that words have.
+    """Plot the norm of each virtual token as a bar, and the range of the words' norms as a band.
 
     Args:
         report ([`PromptReport`]): What [`inspect_prompt`] returned.
@@ -107,8 +106,8 @@ def plot_norms(report: PromptReport, axes: Any = None) -> Figure:
     """
     axes = _axes(axes)
     bars = [("projected prompt", report.norms, _PROMPT)]
-    if report.raw_norms is not None:
-        bars.insert(0, ("raw prompt", report.raw_norms, _RAW))
+    if report.embedding_norms is not None:
+        bars.insert(0, ("prompt embedding", report.embedding_norms, _EMBEDDING))
     width = 0.8 / len(bars)
     for index, (label, norms, color) in enumerate(bars):
         places = torch.arange(len(norms)) + (index + 0.5) * width - 0.4
@@ -118,7 +117,7 @@ def plot_norms(report: PromptReport, axes: Any = None) -> Figure:
         low, middle, high = (quantiles[share] for share in ("0.05", "0.5", "0.95"))
         axes.axhspan(low, high, color=_WORDS, alpha=0.2, linewidth=0, label="words, 5 to 95 %")
         axes.axhline(middle, color=_WORDS, linewidth=1, label="words, median")
-    axes.set(title="Length of the virtual tokens", xlabel="virtual token", ylabel="Euclidean norm")
+    axes.set(title="Norms of the virtual tokens", xlabel="virtual token", ylabel="Euclidean norm")
     axes.margins(x=0.02, y=0.25)  # room for the legend
     _number(axes.xaxis, len(report.norms))
     axes.legend(fontsize=8, loc="upper right", ncols=2)
@@ -126,11 +125,11 @@ def plot_norms(report: PromptReport, axes: Any = None) -> Figure:
 
 
 def plot_prompt(report: PromptReport, path: str | os.PathLike[str] | None = None) -> Figure:
-    """All pictures in one figure: similarity, norms and, for a report on a model, the map.
+    """Plot everything in one figure: similarity, norms and, for a report on a model, the map.
 
     Args:
         report ([`PromptReport`]): What [`inspect_prompt`] returned.
-        path (`str` or `os.PathLike`, *optional*): Where to save it; the name's ending says in which format.
+        path (`str` or `os.PathLike`, *optional*): Where to save it; the suffix is the format.
 
     Returns:
         `matplotlib.figure.Figure`: The figure.
@@ -153,7 +152,7 @@ def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('Pictures need matplotlib: pip install "peft-residual[plots]"') from error
+        raise ImportError('Plots need matplotlib: pip install "peft-residual[plots]"') from error
     return Figure(figsize=(width, height), layout="constrained")  # not pyplot's: no window, no global state
 
 
@@ -162,7 +161,7 @@ def _axes(axes: Any) -> Any:
 
 
 def _principal(vectors: Tensor) -> tuple[Tensor, list[float]]:
-    """Places in two dimensions `[N, 2]` of the directions of `[N, H]`, and each axis's share of the variance."""
+    """The first two principal components `[N, 2]` of normalized vectors `[N, H]`, and their shares of the variance."""
     directions = nn.functional.normalize(vectors, dim=1)
     centred = directions - directions.mean(dim=0)
     left, lengths, _ = torch.linalg.svd(centred, full_matrices=False)
@@ -171,7 +170,7 @@ def _principal(vectors: Tensor) -> tuple[Tensor, list[float]]:
 
 
 def _number(axis: Any, count: int) -> None:
-    """Name every virtual token on an axis while there is room for it, else some."""
+    """Label every virtual token on an axis if there is room, else some."""
     if count <= 20:
         axis.set_ticks(range(count))
     else:
@@ -179,5 +178,5 @@ def _number(axis: Any, count: int) -> None:
 
 
 def _plain(word: str) -> str:
-    """Without the mark of a word's start; a dollar sign would begin a formula."""
+    """Without the marker of a word's start. A dollar sign would begin a formula."""
     return (word.lstrip("▁Ġ") or word).replace("$", r"\$")

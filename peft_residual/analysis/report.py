@@ -1,13 +1,12 @@
-"""What a trained prompt is made of: its norms, its network's share, how far it has moved, which words it is near.
+"""Reports what a trained prompt consists of: norms, the network's share, distances, the nearest words.
 
-Letters used below: `P` virtual tokens, `H` width of the embeddings, `V` rows of the vocabulary that are compared with,
-`k` neighbours.
+`P` is the number of virtual tokens, `H` the width of the embeddings, `V` the number of rows of the vocabulary, `k` the
+number of neighbors.
 """
 
 from __future__ import annotations
 
 import copy
-import html
 import json
 import os
 from dataclasses import dataclass
@@ -20,31 +19,28 @@ from torch import Tensor, nn
 from ..config import ResidualPromptTuningConfig
 from ..encoder import ResidualPromptEncoder
 from ..export.prompt_tuning import get_prompt_tensor
+from ..export.shared import find_adapter
 from ..initialization import look_up, num_rows
+from ..peft_model.adapters import special_ids
 from ..storage.checkpoint import EMBEDDING_KEY
 from ..storage.saved_adapter import read_adapter
 
 
 METRICS = ("cosine", "euclidean")
-_ROWS_AT_ONCE = 8192  # of the vocabulary: bounds the memory that comparing takes
-_LEGEND = (
-    "norm rank: share of the vocabulary that is shorter. network: the network's share of the token. from start: how",
-    "far the raw token (the token, where no raw one is shown) is from where it started. closest other: largest cosine",
-    "to another virtual token.",
-)
+_ROWS_AT_ONCE = 8192  # of the vocabulary: limits the memory for comparisons
 
 
 @dataclass(frozen=True)
 class NearestTokens:
-    """The rows of the vocabulary that are nearest to each virtual token, the nearest first.
+    """The rows of the vocabulary nearest to each virtual token, the nearest first.
 
     Attributes:
-        prompt (`str`): `"raw"` or `"projected"`.
-        metric (`str`): `"cosine"` (similarity, the larger the nearer) or `"euclidean"` (distance).
+        prompt (`str`): `"embedding"` or `"projected"`.
+        metric (`str`): `"cosine"` (similarity, larger is nearer) or `"euclidean"` (distance).
         ids (`torch.Tensor`): `[P, k]`, token ids.
         values (`torch.Tensor`): `[P, k]`, similarities or distances, float32.
         rows (`torch.Tensor`): `[P, k, H]`, the embeddings themselves, float32.
-        tokens (`list[list[str]]`): The ids in words; `"#7"` for id 7 without a tokenizer.
+        tokens (`list[list[str]]`): The tokens; `"#7"` for id 7 without a tokenizer.
     """
 
     prompt: str
@@ -55,7 +51,7 @@ class NearestTokens:
     tokens: list[list[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the rows, as JSON can hold it."""
+        """Everything but the rows, as JSON values."""
         return {"ids": self.ids.tolist(), "values": self.values.tolist(), "tokens": self.tokens}
 
 
@@ -65,45 +61,44 @@ class PromptReport:
 
     Attributes:
         name (`str`): The adapter's name or folder.
-        projected (`torch.Tensor`): `[P, H]`, what the frozen model sees.
-        raw (`torch.Tensor`, *optional*): `[P, H]`; None for plain prompt tuning, and for SUPERPOS, whose raw prompt is
-            no point among the embeddings.
-        norms (`torch.Tensor`): `[P]`, Euclidean lengths of the projected tokens.
-        raw_norms (`torch.Tensor`, *optional*): `[P]`.
-        network_share (`torch.Tensor`, *optional*): `[P]`, how much of each projected token is the network's: with `n`
-            what the network adds and `e` what the skip does (zero without a skip), `‖n‖ / (‖n‖ + ‖e‖)`. 0 is all raw
-            prompt, 1 is all network.
+        projected (`torch.Tensor`): The projected prompt `[P, H]`.
+        embedding (`torch.Tensor`, *optional*): The prompt embedding `[P, H]`. None for plain prompt tuning, and for
+            SUPERPOS, where it holds weights.
+        norms (`torch.Tensor`): `[P]`, Euclidean norms of the projected tokens.
+        embedding_norms (`torch.Tensor`, *optional*): `[P]`.
+        network_share (`torch.Tensor`, *optional*): `[P]`, the network's share of each projected token: `‖n‖ / (‖n‖ +
+            ‖e‖)` with the network's output `n` and the skip `e` (zero without a skip).
         similarity (`torch.Tensor`): `[P, P]`, cosine similarities of the projected tokens.
         vocabulary_norms (`torch.Tensor`, *optional*): `[V]`, ascending; None without a base model.
-        distance_from_start (`torch.Tensor`, *optional*): `[P]`, Euclidean, of the raw prompt (where that is None, of
-            the projected one) from where it started. The start is not saved: it is made anew from the config, its
-            seed and the base model.
-        no_start (`str`, *optional*): Why `distance_from_start` is None.
+        distance_from_initialization (`torch.Tensor`, *optional*): `[P]`, Euclidean, between the prompt embedding (the
+            projected prompt if that is None) and its initialization, which is recomputed from the config, its seed and
+            the base model.
+        initialization_error (`str`, *optional*): Why `distance_from_initialization` is None.
         nearest (`dict`): `nearest["projected"]["cosine"]` and so on; empty without a base model.
     """
 
     name: str
     projected: Tensor
-    raw: Tensor | None
+    embedding: Tensor | None
     norms: Tensor
-    raw_norms: Tensor | None
+    embedding_norms: Tensor | None
     network_share: Tensor | None
     similarity: Tensor
     vocabulary_norms: Tensor | None
-    distance_from_start: Tensor | None
-    no_start: str | None
+    distance_from_initialization: Tensor | None
+    initialization_error: str | None
     nearest: dict[str, dict[str, NearestTokens]]
 
     @property
     def norm_ranks(self) -> Tensor | None:
-        """`[P]`: the share of the vocabulary whose rows are shorter than the projected token; None without one."""
+        """`[P]`: the share of the vocabulary with a smaller norm than each token; None without a base model."""
         if self.vocabulary_norms is None:
             return None
         return torch.searchsorted(self.vocabulary_norms, self.norms) / len(self.vocabulary_norms)
 
     @property
     def vocabulary_norm_quantiles(self) -> dict[str, float] | None:
-        """Norms of the vocabulary's shortest row, of its median, its longest, and between; None without one."""
+        """Quantiles of the vocabulary's norms: 0, 0.05, 0.5, 0.95 and 1; None without a base model."""
         if self.vocabulary_norms is None:
             return None
         at = [0.0, 0.05, 0.5, 0.95, 1.0]
@@ -111,18 +106,18 @@ class PromptReport:
         return dict(zip(map(str, at), self.vocabulary_norms[index].tolist()))
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the prompts themselves, as JSON can hold it; of the vocabulary's norms, five quantiles."""
+        """Everything but the prompts themselves, as JSON values; of the vocabulary's norms, the quantiles."""
         return {
             "name": self.name,
             "num_virtual_tokens": len(self.projected),
             "token_dim": self.projected.shape[1],
             "norms": self.norms.tolist(),
-            "raw_norms": _to_list(self.raw_norms),
+            "embedding_norms": _to_list(self.embedding_norms),
             "norm_ranks": _to_list(self.norm_ranks),
             "vocabulary_norm_quantiles": self.vocabulary_norm_quantiles,
             "network_share": _to_list(self.network_share),
-            "distance_from_start": _to_list(self.distance_from_start),
-            "no_start": self.no_start,
+            "distance_from_initialization": _to_list(self.distance_from_initialization),
+            "initialization_error": self.initialization_error,
             "similarity": self.similarity.tolist(),
             "nearest": {
                 prompt: {metric: found.to_dict() for metric, found in of_prompt.items()}
@@ -134,142 +129,116 @@ class PromptReport:
         """`to_dict` as a JSON text."""
         return json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Headings and one row of texts per virtual token; a column only for what is known."""
+    def __str__(self) -> str:
+        """A table for a terminal: one row for each virtual token, a column for everything that is known."""
         off_diagonal = self.similarity - 2 * torch.eye(len(self.similarity))
         numbers: list[tuple[str, Tensor | None, str]] = [
             ("norm", self.norms, "{:.2f}"),
             ("norm rank", self.norm_ranks, "{:.0%}"),
-            ("raw norm", self.raw_norms, "{:.2f}"),
-            ("network", self.network_share, "{:.0%}"),
-            ("from start", self.distance_from_start, "{:.2f}"),
+            ("embedding norm", self.embedding_norms, "{:.2f}"),
+            ("network share", self.network_share, "{:.0%}"),
+            ("from initialization", self.distance_from_initialization, "{:.2f}"),
             ("closest other", off_diagonal.max(dim=1).values if len(self.similarity) > 1 else None, "{:.2f}"),
         ]
         columns = [["token", *map(str, range(len(self.norms)))]]
-        for heading, values, pattern in numbers:
-            if values is not None:
-                columns.append([heading, *map(pattern.format, values.tolist())])
+        columns += [[name, *map(text.format, values.tolist())] for name, values, text in numbers if values is not None]
+        columns = [[text.rjust(max(map(len, column))) for text in column] for column in columns]
         for prompt, of_prompt in self.nearest.items():
             found = of_prompt["cosine"]
-            texts = [
-                "  ".join(f"{token} {value:.2f}" for token, value in zip(tokens, values))
-                for tokens, values in zip(found.tokens, found.values.tolist())
-            ]
-            columns.append([f"nearest to {prompt} (cosine)", *texts])
-        rows = [list(row) for row in zip(*columns)]
-        return rows[0], rows[1:]
-
-    def _caption(self) -> list[str]:
+            pairs = [zip(tokens, values) for tokens, values in zip(found.tokens, found.values.tolist())]
+            texts = ["  ".join(f"{token} {value:.2f}" for token, value in row) for row in pairs]
+            column = [f"nearest to {prompt} (cosine)", *texts]
+            columns.append([text.ljust(max(map(len, column))) for text in column])
         lines = [f"{self.name}: {len(self.projected)} virtual tokens of width {self.projected.shape[1]}"]
-        quantiles = self.vocabulary_norm_quantiles
-        if self.vocabulary_norms is not None and quantiles is not None:
-            rows = len(self.vocabulary_norms)
-            lines.append(f"Rows of the vocabulary: {rows:,}, median norm {quantiles['0.5']:.2f}.")
-        if self.no_start:
-            lines.append(f"Distance from the start is not known: {self.no_start}")
-        return [*lines, *_LEGEND]
-
-    def __str__(self) -> str:
-        """A table for a terminal."""
-        heading, rows = self._table()
-        widths = [max(map(len, column)) for column in zip(heading, *rows)]
-        words = [text.startswith("nearest") for text in heading]
-        lines = [
-            "  ".join(
-                text.ljust(width) if is_words else text.rjust(width)
-                for text, width, is_words in zip(row, widths, words)
-            ).rstrip()
-            for row in [heading, *rows]
-        ]
-        return "\n".join([*self._caption(), "", *lines])
-
-    def _repr_html_(self) -> str:
-        """A table for a notebook."""
-        heading, rows = self._table()
-        head = "".join(f"<th>{html.escape(text)}</th>" for text in heading)
-        body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-        caption = "<br>".join(map(html.escape, self._caption()))
-        return f"<p>{caption}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        if self.vocabulary_norms is not None:
+            count, median = len(self.vocabulary_norms), self.vocabulary_norms.median()
+            lines.append(f"Vocabulary: {count:,} rows, median norm {median:.2f}.")
+        if self.initialization_error:
+            lines.append(f"The distance from the initialization is not known: {self.initialization_error}")
+        return "\n".join([*lines, "", *("  ".join(row).rstrip() for row in zip(*columns))])
 
 
 def inspect_prompt(
-    model_or_adapter_folder: PeftModel | str | os.PathLike[str],
+    model_or_path: PeftModel | str | os.PathLike[str],
     tokenizer: Any = None,
     *,
     k: int = 5,
-    adapter_name: str = "default",
+    adapter_name: str | None = None,
+    **hub_kwargs: Any,
 ) -> PromptReport:
-    """Look inside a prompt, residual or plain.
+    """Report what a residual or plain prompt consists of.
 
     Args:
-        model_or_adapter_folder ([`~peft.PeftModel`], `str` or `os.PathLike`): A model, or the folder (or Hub id) of a
-            saved adapter. A folder needs no base model, and then has no vocabulary to compare with and no start.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's: token ids in words, and no neighbours
-            among the rows past its end.
-        k (`int`): Neighbours per virtual token.
-        adapter_name (`str`): Which adapter of a model.
+        model_or_path ([`~peft.PeftModel`], `str` or `os.PathLike`): A model, or the folder or Hub id of a saved
+            adapter. Without a model there is no vocabulary to compare with and no initialization.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's: shows tokens instead of ids, and excludes
+            the rows past its end.
+        k (`int`): Neighbors of each virtual token.
+        adapter_name (`str`, *optional*): A model's adapter; the active one when None.
+        hub_kwargs: `revision`, `subfolder`, `token` and the like for a folder or Hub id, as in `from_pretrained`.
 
     Returns:
-        [`PromptReport`]: `print` it, show it in a notebook, or take `to_dict()`, `to_json()` and its tensors.
+        [`PromptReport`]: `print` it, or use `to_dict()`, `to_json()` and its tensors.
 
     Raises:
         ValueError: If there is no such adapter, it is damaged, or `k` is below 1.
     """
-    _check_k(k)
-    vocabulary_norms, start, nearest = None, None, {}
-    if isinstance(model_or_adapter_folder, PeftModel):
-        model = model_or_adapter_folder
-        name, config, projected, raw = _of_model(model, adapter_name)
-        nearest = nearest_tokens(model, tokenizer, k, adapter_name=adapter_name)
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"`k` must be an integer of at least 1, got {k!r}.")
+    vocabulary_norms, initial, nearest = None, None, {}
+    if isinstance(model_or_path, PeftModel):
+        model = model_or_path
+        name, config, projected, embedding = _prompts_of(model, adapter_name)
+        nearest = nearest_tokens(model, tokenizer, k, adapter_name=name)
         rows = _vocabulary(model.word_embeddings, tokenizer)
-        vocabulary_norms = torch.cat([look_up(model.word_embeddings, part).norm(dim=1) for part in _parts(rows)])
-        start, no_start = _start(config, model.word_embeddings)
+        norms = [look_up(model.word_embeddings, part).norm(dim=1) for part in _parts(rows)]
+        vocabulary_norms = torch.cat(norms).sort().values
+        initial, initialization_error = _initial_prompt(config, model)
     else:
-        name = str(model_or_adapter_folder)
-        saved = read_adapter(model_or_adapter_folder)
-        config, projected = saved.config, saved.projected.float()
-        raw = saved.state[EMBEDDING_KEY].float() if _has_raw(config) else None
-        no_start = "that takes the base model."
+        saved = read_adapter(model_or_path, **hub_kwargs)
+        name, config, projected = str(model_or_path), saved.config, saved.projected.float()
+        embedding = saved.state[EMBEDDING_KEY].float() if _has_embedding(config) else None
+        initialization_error = "it takes the base model."
     unit = nn.functional.normalize(projected, dim=1)
+    trained = projected if embedding is None else embedding
     return PromptReport(
         name=name,
         projected=projected,
-        raw=raw,
+        embedding=embedding,
         norms=projected.norm(dim=1),
-        raw_norms=None if raw is None else raw.norm(dim=1),
-        network_share=None if raw is None else _network_share(config, raw, projected),
+        embedding_norms=None if embedding is None else embedding.norm(dim=1),
+        network_share=None if embedding is None else _network_share(config, embedding, projected),
         similarity=unit @ unit.T,
-        vocabulary_norms=None if vocabulary_norms is None else vocabulary_norms.sort().values,
-        distance_from_start=None if start is None else ((projected if raw is None else raw) - start).norm(dim=1),
-        no_start=no_start,
+        vocabulary_norms=vocabulary_norms,
+        distance_from_initialization=None if initial is None else (trained - initial).norm(dim=1),
+        initialization_error=initialization_error,
         nearest=nearest,
     )
 
 
 def nearest_tokens(
-    model: PeftModel, tokenizer: Any = None, k: int = 5, *, adapter_name: str = "default"
+    model: PeftModel, tokenizer: Any = None, k: int = 5, *, adapter_name: str | None = None
 ) -> dict[str, dict[str, NearestTokens]]:
-    """Find the rows of the vocabulary that are nearest to each virtual token (Lester et al., 2021, section 7).
+    """Find the rows of the vocabulary nearest to each virtual token (Lester et al., 2021, section 7).
 
-    Rows are what the model's embedding module returns, scaled where it scales.
+    Rows are what the model's embedding module returns, with its scaling.
 
     Args:
-        model ([`~peft.PeftModel`]): With a residual or a plain prompt tuning adapter.
-        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's: token ids in words, and no neighbours
-            among the rows past its end.
-        k (`int`): Neighbours per virtual token.
-        adapter_name (`str`): Which adapter.
+        model ([`~peft.PeftModel`]): A model with a residual or plain prompt tuning adapter.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): The base model's: shows tokens instead of ids, and excludes
+            the rows past its end.
+        k (`int`): Neighbors of each virtual token.
+        adapter_name (`str`, *optional*): The adapter; the active one when None.
 
     Returns:
-        `dict`: `["projected"]["cosine"]`, `["projected"]["euclidean"]` and, where [`PromptReport`] has a raw prompt,
-        the same under `["raw"]`: a [`NearestTokens`] each.
+        `dict`: A [`NearestTokens`] each at `["projected"]["cosine"]`, `["projected"]["euclidean"]` and, if the report
+        has a prompt embedding, the same at `["embedding"]`.
 
     Raises:
-        ValueError: If there is no such adapter, or `k` is below 1.
+        ValueError: If there is no such adapter.
     """
-    _check_k(k)
-    _, _, projected, raw = _of_model(model, adapter_name)
-    prompts = {"projected": projected} if raw is None else {"projected": projected, "raw": raw}
+    _, _, projected, embedding = _prompts_of(model, adapter_name)
+    prompts = {"projected": projected, **({} if embedding is None else {"embedding": embedding})}
     table = model.word_embeddings
     vocabulary = _vocabulary(table, tokenizer)
     nearness: dict[tuple[str, str], list[Tensor]] = {(p, metric): [] for p in prompts for metric in METRICS}
@@ -278,55 +247,49 @@ def nearest_tokens(
         unit = nn.functional.normalize(rows, dim=1)
         for name, prompt in prompts.items():
             nearness[name, "cosine"].append(nn.functional.normalize(prompt, dim=1) @ unit.T)
-            # Not by way of a product of matrices, which is wrong where a token is a row or near one.
+            # Not computed from a matrix product, which is inaccurate for tokens near a row.
             distances = torch.cdist(prompt, rows, compute_mode="donot_use_mm_for_euclid_dist")
             nearness[name, "euclidean"].append(-distances)
     found: dict[str, dict[str, NearestTokens]] = {name: {} for name in prompts}
     for (name, metric), parts in nearness.items():
         values, ids = torch.cat(parts, dim=1).topk(min(k, len(vocabulary)))
         rows = look_up(table, ids.flatten().tolist()).unflatten(0, ids.shape)
-        tokens = [_in_words(tokenizer, of_token) for of_token in ids.tolist()]
+        tokens = [_as_tokens(tokenizer, of_token) for of_token in ids.tolist()]
         found[name][metric] = NearestTokens(name, metric, ids, values if metric == "cosine" else -values, rows, tokens)
     return found
 
 
-def _check_k(k: Any) -> None:
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(f"`k` must be an integer of at least 1, got {k!r}.")
+def _prompts_of(model: PeftModel, adapter_name: str | None) -> tuple[str, PromptTuningConfig, Tensor, Tensor | None]:
+    """Name, config, projected prompt and prompt embedding of an adapter."""
+    name = find_adapter(model, adapter_name, PromptTuningConfig)
+    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    projected = get_prompt_tensor(model, name).detach().float().cpu()
+    return name, config, projected, encoder.embedding.weight.detach().float().cpu() if _has_embedding(config) else None
 
 
-def _of_model(model: PeftModel, adapter_name: str) -> tuple[str, PromptTuningConfig, Tensor, Tensor | None]:
-    projected = get_prompt_tensor(model, adapter_name).detach().float().cpu()
-    config = model.peft_config[adapter_name]
-    encoder = model.prompt_encoder[adapter_name]
-    raw = encoder.embedding.weight.detach().float().cpu() if _has_raw(config) else None
-    return adapter_name, config, projected, raw
-
-
-def _has_raw(config: PromptTuningConfig) -> bool:
+def _has_embedding(config: PromptTuningConfig) -> bool:
     return isinstance(config, ResidualPromptTuningConfig) and not config.mixes_vocabulary
 
 
-def _network_share(config: PromptTuningConfig, raw: Tensor, projected: Tensor) -> Tensor:
-    # Without a network the raw prompt passes through as it is, which is a skip by another name.
-    skipped = raw if config.has_skip or torch.equal(raw, projected) else torch.zeros_like(projected)
+def _network_share(config: PromptTuningConfig, embedding: Tensor, projected: Tensor) -> Tensor:
+    # Without a network the embedding is the projected prompt: all skip.
+    has_skip = config.has_skip or torch.equal(embedding, projected)
+    skipped = embedding if has_skip else torch.zeros_like(projected)
     added, kept = (projected - skipped).norm(dim=1), skipped.norm(dim=1)
     return added / (added + kept).clamp_min(torch.finfo(added.dtype).tiny)
 
 
-def _start(config: PromptTuningConfig, word_embeddings: nn.Module) -> tuple[Tensor | None, str | None]:
-    """The prompt that training started from, raw if there is a raw one, made anew; or None and why it cannot be."""
+def _initial_prompt(config: PromptTuningConfig, model: PeftModel) -> tuple[Tensor | None, str | None]:
+    """The initialization of the prompt embedding (of the projected prompt if there is none), or None and why not."""
     if not isinstance(config, ResidualPromptTuningConfig):
-        return None, "a plain prompt's start leaves no trace."
+        return None, "a plain prompt's initialization is not recorded."
     if config.prompt_tuning_init_seed is None and config.prompt_tuning_init not in ("TEXT", "PROMPT"):
         return None, "the config has no `prompt_tuning_init_seed`."
-    config = copy.deepcopy(config)
-    config.inference_mode = False  # or the encoder would wait for weights instead of making a start
     try:
-        encoder = ResidualPromptEncoder(config, word_embeddings)
-    except (ValueError, OSError) as error:  # its tokenizer or its source is gone
+        encoder = ResidualPromptEncoder(copy.deepcopy(config), model.word_embeddings, special_ids(model.base_model))
+    except (ValueError, OSError) as error:  # its tokenizer or its source is missing
         return None, str(error)
-    return (encoder.embedding.weight if _has_raw(config) else encoder.eval().project()).detach(), None
+    return (encoder.embedding.weight if _has_embedding(config) else encoder.eval().project()).detach(), None
 
 
 def _vocabulary(word_embeddings: nn.Module, tokenizer: Any) -> range:
@@ -338,7 +301,7 @@ def _parts(vocabulary: range) -> list[range]:
     return [vocabulary[start : start + _ROWS_AT_ONCE] for start in range(0, len(vocabulary), _ROWS_AT_ONCE)]
 
 
-def _in_words(tokenizer: Any, ids: list[int]) -> list[str]:
+def _as_tokens(tokenizer: Any, ids: list[int]) -> list[str]:
     if tokenizer is None:
         return [f"#{i}" for i in ids]
     return [str(token) for token in tokenizer.convert_ids_to_tokens(ids)]

@@ -1,4 +1,4 @@
-"""A trained prompt in formats that load without this package."""
+"""Exports of a trained prompt, in formats that load without this package."""
 
 from .prefix_tuning import save_as_prefix_tuning
 from .prompt_tuning import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning, save_prompt_tensor

@@ -1,4 +1,4 @@
-"""After training: a causal model's prompt as the keys and values that it leaves behind, a prefix tuning adapter."""
+"""Saves a causal model's prompt as a prefix tuning adapter: the keys and values that it leaves in the cache."""
 
 from __future__ import annotations
 
@@ -12,47 +12,53 @@ from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_mod
 from torch import Tensor
 
 from ..storage import checkpoint
-from .prompt_tuning import evaluating, get_prompt_tensor, is_close, require_adapter, write_adapter
+from .prompt_tuning import get_prompt_tensor, write_adapter
+from .shared import evaluating, find_adapter, is_close
 
 
 PROBE_LENGTH = 8
 
 
 def save_as_prefix_tuning(
-    model: PeftModel, out: str | os.PathLike[str], *, adapter_name: str = "default", overwrite: bool = False
+    model: PeftModel,
+    save_directory: str | os.PathLike[str],
+    *,
+    adapter_name: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
-    """Save a causal model's prompt as a prefix tuning adapter, which stock PEFT loads without this package.
+    """Save a causal model's prompt as a prefix tuning adapter, which PEFT loads without this package.
 
-    In a causal model nothing that follows changes what the prompt's own positions compute. So the prompt is run once
-    through the frozen model, and its keys and values are the adapter: no prompt is computed at inference. Before
-    anything is written, the model is run with them on a probe text and compared with the prompt itself.
+    In a causal model the text that follows does not change the prompt's keys and values. So the frozen model runs once
+    on the prompt, and the keys and values are the adapter: at inference no prompt is computed. Before anything is
+    written, the outputs for a probe text are compared with those after the prompt itself.
 
-    Stock PEFT puts the prefix in front of a row's padding. Its `generate` counts positions without the padding, so
-    each row gets what it gets alone; so does `forward` in models that read positions off the mask (OPT, BLOOM). To the
-    `forward` of others pass `position_ids` that do not count padding, along with a left-padded batch.
+    PEFT puts the prefix in front of a row's padding. Its `generate` does not count padding in positions, so each row's
+    output is what it is without the other rows. The same holds for `forward` in models that compute positions from the
+    mask (OPT, BLOOM). For other models, pass a left-padded batch to `forward` with `position_ids` that do not count
+    padding.
 
     Args:
         model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter; unchanged.
-        out (`str` or `os.PathLike`): The folder to write: `adapter_config.json`, a model card, and
-            `adapter_model.safetensors` with `[P, layers * 2 * key heads * head width]` numbers in the model's type. It
-            appears whole or not at all.
-        adapter_name (`str`): Which adapter of the model.
-        overwrite (`bool`): Whether to replace a folder that exists.
+        save_directory (`str` or `os.PathLike`): The folder to write, completely or not at all: `adapter_config.json`,
+            a model card, and `adapter_model.safetensors` with `[P, layers * 2 * key heads * head width]` numbers in
+            the model's dtype.
+        adapter_name (`str`, *optional*): The adapter; the active one when None.
+        overwrite (`bool`): Whether to replace an existing folder.
 
     Returns:
         `pathlib.Path`: The folder.
 
     Raises:
-        ValueError: If there is no such prompt, the model is no causal language model, or its keys and values cannot be
-            PEFT's prefix: they differ in shape from layer to layer, depend on the length of the text, or are none.
-        FileExistsError: If `out` exists and `overwrite` is False, or it is no adapter's folder.
+        ValueError: If there is no such prompt, the model is not a causal language model, or its cache cannot be PEFT's
+            prefix: keys and values differ in shape between layers, depend on the length of the text, or are missing.
+        FileExistsError: If `save_directory` exists and `overwrite` is False, or it is not an adapter's folder.
     """
-    require_adapter(model, adapter_name, PromptTuningConfig)
+    adapter_name = find_adapter(model, adapter_name, PromptTuningConfig)
     config = model.peft_config[adapter_name]
     if config.task_type != "CAUSAL_LM":
         raise ValueError(
-            f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; only a causal language model's prompt "
-            "(CAUSAL_LM) leaves keys and values that stand for it. Use `save_as_prompt_tuning`."
+            f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; only the prompt of a causal "
+            "language model (CAUSAL_LM) can be replaced by its keys and values. Use `save_as_prompt_tuning`."
         )
     base_model = model.get_base_model()
     _refuse_moving_positions(base_model)
@@ -79,7 +85,7 @@ def save_as_prefix_tuning(
     flat = torch.stack([tensor[0].transpose(0, 1) for tensor in keys_and_values], dim=1).reshape(tokens, -1)
     saved = checkpoint.strip(get_peft_model_state_dict(model, adapter_name=adapter_name))
     tensors = {**saved, checkpoint.PROJECTED_KEY: flat.cpu()}
-    return write_adapter(out, prefix_config, tensors, trained_as=config, overwrite=overwrite)
+    return write_adapter(save_directory, prefix_config, tensors, trained_as=config, overwrite=overwrite)
 
 
 @torch.no_grad()
@@ -87,13 +93,13 @@ def _run_prompt(base_model: Any, prompt: Tensor) -> list[Tensor]:
     """Key and value of each layer in turn, `[1, key heads, P, head width]`."""
     from transformers import DynamicCache
 
-    cache = DynamicCache()  # without a config: layers with a window keep all of the prompt too
+    cache = DynamicCache()  # without a config: layers with a sliding window keep the whole prompt too
     try:
         base_model(inputs_embeds=_as_input(base_model, prompt), past_key_values=cache, use_cache=True)
-    except (AttributeError, IndexError, TypeError, ValueError) as error:  # a model with a cache of its own kind
+    except (AttributeError, IndexError, TypeError, ValueError) as error:  # a model with its own type of cache
         raise ValueError(
-            f"{type(base_model).__name__} does not leave its keys and values in transformers' cache ({error}), as a "
-            "prefix tuning adapter needs it. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
+            f"{type(base_model).__name__} does not put its keys and values in transformers' cache ({error}), which "
+            "a prefix tuning adapter needs. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
         ) from error
     states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
     tensors = [state for state in states if isinstance(state, Tensor)]
@@ -110,7 +116,7 @@ def _run_prompt(base_model: Any, prompt: Tensor) -> list[Tensor]:
 
 @torch.no_grad()
 def _check_equivalence(base_model: Any, prompt: Tensor, keys_and_values: list[Tensor]) -> None:
-    """Check that a text behind keys and values gets what it gets behind the prompt."""
+    """Check that a text has the same outputs after the keys and values as after the prompt."""
     from transformers import DynamicCache
 
     embeddings = base_model.get_input_embeddings()
@@ -122,8 +128,8 @@ def _check_equivalence(base_model: Any, prompt: Tensor, keys_and_values: list[Te
     expected = base_model(inputs_embeds=inputs, use_cache=False).logits[:, len(prompt) :]
     if not is_close(found, expected):
         raise ValueError(
-            f"{type(base_model).__name__} computes other logits behind the prompt's keys and values than behind the "
-            "prompt, so they cannot stand for it. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
+            f"{type(base_model).__name__} computes other logits after the prompt's keys and values than after the "
+            "prompt, so they cannot replace it. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
         )
 
 
@@ -132,14 +138,14 @@ def _as_input(base_model: Any, prompt: Tensor) -> Tensor:
 
 
 def _refuse_moving_positions(base_model: Any) -> None:
-    """Some rotary positions turn keys by an angle that depends on the length of the whole text."""
+    """Refuse rotary positions whose angles depend on the length of the whole text."""
     text_config = base_model.config.get_text_config()
     found = str(getattr(text_config, "rope_parameters", None) or getattr(text_config, "rope_scaling", None))
     for kind in ("dynamic", "longrope"):
         if f"'{kind}'" in found:
             raise ValueError(
-                f"{type(base_model).__name__} has rotary positions of type {kind!r}, under which the prompt's keys "
-                "depend on the length of the text behind it: they cannot be computed once. Use "
+                f"{type(base_model).__name__} has rotary positions of type {kind!r}, with which the prompt's keys "
+                "depend on the length of the text after it: they cannot be computed once. Use "
                 "`save_as_prompt_tuning` or `save_as_vocabulary`."
             )
 
@@ -150,8 +156,8 @@ def _warn_of_windows(base_model: Any) -> None:
     kinds = getattr(text_config, "layer_types", None)
     if window and (kinds is None or "sliding_attention" in kinds):
         warnings.warn(
-            f"{type(base_model).__name__} attends within a window of {window} tokens, and stock PEFT puts the prefix "
-            "in front of a row's padding, which the window counts. Left-padded batches are exact while prompt, "
-            "padding and text are no longer than the window; rows without padding always are.",
+            f"{type(base_model).__name__} attends within a window of {window} tokens, and PEFT puts the prefix in front "
+            "of a row's padding, which the window counts. Left-padded batches are exact as long as prompt, padding and "
+            "text fit the window. Rows without padding are always exact.",
             stacklevel=3,
         )

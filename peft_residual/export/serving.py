@@ -1,14 +1,14 @@
-"""After training: requests to engines that take embeddings in place of text (vLLM, SGLang).
+"""Builds requests to engines that take embeddings in place of text: vLLM and SGLang.
 
 The formats, as vLLM 0.33 and SGLang 0.5.23 decode them:
 
 - vLLM, `POST /v1/completions` of a server started with `--enable-prompt-embeds`: `prompt_embeds` is base64 text, or a
-  list of such texts. Each holds what `torch.save` writes of one tensor `[tokens, H]` of any floating-point type, read
+  list of such texts. Each is what `torch.save` writes for one tensor `[tokens, H]` of any floating-point type, read
   with `weights_only=True`. `H` is the model's embedding width. Decoder-only models.
 - SGLang, `POST /generate` of a server started with `--disable-radix-cache`: `input_embeds` is a list (tokens) of lists
-  (`H`) of JSON numbers, or a list of those; neither `text` nor `input_ids` may stand beside it.
+  (`H`) of JSON numbers, or a list of those; `text` and `input_ids` must be absent.
 
-Both put the numbers where a model's embedded text goes. SGLang's Gemma and Gemma 2 multiply them once more.
+Both use the numbers in place of the model's embedded text. SGLang's Gemma and Gemma 2 scale them once more.
 """
 
 from __future__ import annotations
@@ -22,26 +22,27 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
-from .prompt_tuning import get_prompt_tensor, require_adapter
+from .prompt_tuning import get_prompt_tensor
+from .shared import find_adapter
 
 
 @torch.no_grad()
-def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_name: str = "default") -> Tensor:
-    """Embed a prompt and the text behind it, as the frozen model sees them.
+def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_name: str | None = None) -> Tensor:
+    """Embed a prompt and the text after it, as the frozen model sees them.
 
     Args:
         model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer.
-        text (`str`): The text, without the prompt; special tokens are added as the tokenizer does.
-        adapter_name (`str`): Which adapter of the model.
+        text (`str`): The text, without the prompt; the tokenizer adds its special tokens.
+        adapter_name (`str`, *optional*): The adapter; the active one when None.
 
     Returns:
-        `torch.Tensor`: `[P + tokens, H]`, in the type of the model's embeddings, on the CPU.
+        `torch.Tensor`: `[P + tokens, H]`, in the dtype of the model's embeddings, on the CPU.
 
     Raises:
-        ValueError: If there is no such prompt, or the model is no causal language model.
+        ValueError: If there is no such prompt, or the model is not a causal language model.
     """
-    require_adapter(model, adapter_name, PromptTuningConfig)
+    adapter_name = find_adapter(model, adapter_name, PromptTuningConfig)
     task_type = model.peft_config[adapter_name].task_type
     if task_type != "CAUSAL_LM":
         raise ValueError(
@@ -55,23 +56,23 @@ def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_na
 
 
 def vllm_request(
-    model: PeftModel, tokenizer: Any, text: str | Sequence[str], /, *, adapter_name: str = "default", **fields: Any
+    model: PeftModel, tokenizer: Any, text: str | Sequence[str], /, *, adapter_name: str | None = None, **fields: Any
 ) -> dict[str, Any]:
     """Build the body of a request to vLLM's `/v1/completions`, with the prompt in front of the text.
 
     Args:
         model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter. Only its
-            embeddings are used: it need not be on a GPU.
+            embeddings are used: it does not have to be on a GPU.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer.
-        text (`str` or `Sequence[str]`): One text, or several for a request that gets one answer for each.
-        adapter_name (`str`): Which adapter of the model.
+        text (`str` or `Sequence[str]`): One text, or several, each of which gets an answer.
+        adapter_name (`str`, *optional*): The adapter; the active one when None.
         fields: Other fields of the body: `model="name"`, `max_tokens=32`, `temperature=0`.
 
     Returns:
         `dict[str, Any]`: The body, ready for `json.dumps`.
 
     Raises:
-        ValueError: If there is no such prompt, or the model is no causal language model.
+        ValueError: If there is no such prompt, or the model is not a causal language model.
     """
 
     def encode(one: str) -> str:
@@ -83,30 +84,30 @@ def vllm_request(
 
 
 def sglang_request(
-    model: PeftModel, tokenizer: Any, text: str | Sequence[str], /, *, adapter_name: str = "default", **fields: Any
+    model: PeftModel, tokenizer: Any, text: str | Sequence[str], /, *, adapter_name: str | None = None, **fields: Any
 ) -> dict[str, Any]:
     """Build the body of a request to SGLang's `/generate`, with the prompt in front of the text.
 
     Args:
         model ([`~peft.PeftModel`]): A causal language model with a residual or plain prompt tuning adapter. Only its
-            embeddings are used: it need not be on a GPU.
+            embeddings are used: it does not have to be on a GPU.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer.
-        text (`str` or `Sequence[str]`): One text, or several for a request that gets one answer for each.
-        adapter_name (`str`): Which adapter of the model.
+        text (`str` or `Sequence[str]`): One text, or several, each of which gets an answer.
+        adapter_name (`str`, *optional*): The adapter; the active one when None.
         fields: Other fields of the body: `sampling_params={"max_new_tokens": 32, "temperature": 0}`.
 
     Returns:
         `dict[str, Any]`: The body, ready for `json.dumps`.
 
     Raises:
-        ValueError: If there is no such prompt, the model is no causal language model, or SGLang does not take its
-            embeddings as they are.
+        ValueError: If there is no such prompt, the model is not a causal language model, or SGLang changes its
+            embeddings.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if model_type in ("gemma", "gemma2"):
         raise ValueError(
-            f"SGLang multiplies the embeddings that it is given with the embedding scale of {model_type!r} once more, "
-            "and rounds there. Use `save_as_vocabulary`."
+            f"SGLang multiplies the embeddings of a request by the embedding scale of {model_type!r} once more, and "
+            "rounds them. Use `save_as_vocabulary`."
         )
 
     def encode(one: str) -> list[list[float]]:

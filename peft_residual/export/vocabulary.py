@@ -1,4 +1,4 @@
-"""After training: prompts as new words of an ordinary checkpoint and tokenizer, for engines that know no prompts."""
+"""Saves prompts as new tokens of an ordinary checkpoint, for engines that do not know soft prompts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,16 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
-from ..peft_model.mixed_batch import NO_ADAPTER
 from ..storage import atomic
-from .prompt_tuning import evaluating, get_prompt_tensor, is_close, require_adapter
+from .prompt_tokens import PROBES, add_tokens, find_prefixes, tokenizes_alike
+from .prompt_tuning import get_prompt_tensor
+from .shared import evaluating, find_adapter, is_close
 
 
 logger = logging.getLogger(__name__)
 
 PROMPTS_NAME = "soft_prompts.json"
 LOGIT_BIAS_NAME = "logit_bias.json"
-# Texts that must be tokenized behind a prompt as they are alone. None starts with a space: see `_find_prefixes`.
-PROBES = ("the food was great", "a", "42 + 1 = 43", "¿Qué? Così!", "def f(x):\n    return x", "Hello, World.")
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class VocabularyExport:
 
     Attributes:
         folder (`pathlib.Path`): The checkpoint.
-        prefixes (`dict[str, str]`): What to put in front of a text to run it with an adapter's prompt, by the name of
-            the adapter; under `"__base__"` what to put in front of a text that is to run without a prompt.
+        prefixes (`dict[str, str]`): By adapter, the string to put in front of a text to run it with that adapter's
+            prompt; under `"__base__"`, the string for a text without a prompt.
         token_ids (`dict[str, list[int]]`): The ids of each adapter's new tokens, `P` of them.
         size (`int`): Bytes of the weights.
         free (`int`): Free bytes on the disk before they are written.
@@ -49,67 +48,70 @@ class VocabularyExport:
 
     @property
     def logit_bias(self) -> dict[str, int]:
-        """For requests to engines that do not read `suppress_tokens`: makes the new tokens impossible."""
+        """For requests to engines that do not read `suppress_tokens`: suppresses the new tokens."""
         return {str(i): -100 for ids in self.token_ids.values() for i in ids}
 
 
 def save_as_vocabulary(
     model: PeftModel,
     tokenizer: Any,
-    out: str | os.PathLike[str],
+    save_directory: str | os.PathLike[str],
     *,
     token_format: str = "<task_{i}>",
-    adapter_names: Sequence[str] = ("default",),
+    adapter_names: Sequence[str] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
 ) -> VocabularyExport:
-    """Save base model and prompts as an ordinary checkpoint, whose tokenizer has the prompts' tokens as new words.
+    """Save base model and prompts as an ordinary checkpoint with one new token for each virtual token.
 
-    A text behind an adapter's prefix string runs with its prompt, in any engine that runs the base model, with nothing
-    enabled. The folder holds, besides checkpoint and tokenizer:
+    A text after an adapter's prefix string runs with that adapter's prompt, in any engine that runs the base model.
+    Besides checkpoint and tokenizer, the folder contains:
 
-    - `soft_prompts.json`: each adapter's prefix string and ids. Where the tokenizer starts a text with a special token
-      (`<s>`), that token belongs behind the prompt: the saved tokenizer adds none, and prefixes end with it.
-    - `logit_bias.json`: the new ids with -100, for engines that do not read `suppress_tokens` of
+    - `soft_prompts.json`: each adapter's prefix string and ids. If the tokenizer starts a text with a special token
+      (`<s>`), that token belongs after the prompt: the saved tokenizer does not add it, the prefix ends with it.
+    - `logit_bias.json`: the new ids with -100, for engines that do not read `suppress_tokens` in
       `generation_config.json` (vLLM, SGLang).
 
-    The output layer is saved apart from the input embeddings, with zeros for the new tokens, so that the logits of all
-    other tokens stay what they are. The checkpoint is loaded again and compared with the model before it takes its
-    place, which needs memory for a second model.
+    The output layer is saved separately from the input embeddings, with zeros for the new tokens, so that the logits
+    of all other tokens stay the same. Before the folder takes its place, the checkpoint is loaded and compared with
+    the model, which needs memory for a second model.
 
     Args:
         model ([`~peft.PeftModel`]): With residual or plain prompt tuning adapters, for `CAUSAL_LM` or `SEQ_2_SEQ_LM`;
             unchanged.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The base model's tokenizer; unchanged.
-        out (`str` or `os.PathLike`): The folder to write. It appears whole or not at all.
+        save_directory (`str` or `os.PathLike`): The folder to write, completely or not at all.
         token_format (`str`): How the new tokens are spelled; `{i}` counts an adapter's tokens, `{name}` is the
-            adapter's name, needed where there are several.
-        adapter_names (`Sequence[str]`): Which adapters of the model.
-        overwrite (`bool`): Whether to replace a folder that exists.
-        dry_run (`bool`): Only tell what would be written, and whether the disk has room.
+            adapter's name, needed if there are several.
+        adapter_names (`Sequence[str]`, *optional*): The adapters; the active one when None.
+        overwrite (`bool`): Whether to replace an existing folder.
+        dry_run (`bool`): Only return what would be written, and check the space on the disk.
 
     Returns:
         [`VocabularyExport`]: Prefix strings, new ids, sizes.
 
     Raises:
-        ValueError: If there is no such adapter, the spelling is not unique, or model or tokenizer cannot be right this
-            way.
-        FileExistsError: If `out` exists and `overwrite` is False, or it holds no checkpoint.
-        OSError: If the disk has no room.
+        ValueError: If there is no such adapter, the spelling is not unique, or the outputs would not be the model's.
+        FileExistsError: If `save_directory` exists and `overwrite` is False, or it is not a checkpoint.
+        OSError: If the disk has too little space.
     """
     from transformers.utils import CONFIG_NAME
 
+    if adapter_names is None:
+        adapter_names = [find_adapter(model, None, PromptTuningConfig)]
     if not adapter_names:
         raise ValueError("`adapter_names` is empty. Name at least one adapter.")
     prompts = {name: _prompt(model, name) for name in adapter_names}
     base_model = model.get_base_model()
     _check_base(base_model, tokenizer)
-    new_tokenizer, token_ids = _add_tokens(tokenizer, prompts, token_format)
-    prefixes = _find_prefixes(tokenizer, new_tokenizer, token_ids)
+    new_tokenizer, token_ids = add_tokens(tokenizer, prompts, token_format)
+    prefixes = find_prefixes(tokenizer, new_tokenizer, token_ids)
     state, config, generation_config = _extend(base_model, prompts, token_ids)
     _check_shapes(base_model, config, state)
     size = sum({t.untyped_storage().data_ptr(): t.nbytes for t in state.values()}.values())
-    export = VocabularyExport(atomic.resolve(out), prefixes, token_ids, size, atomic.check_room(out, size))
+    export = VocabularyExport(
+        atomic.resolve(save_directory), prefixes, token_ids, size, atomic.check_room(save_directory, size)
+    )
     logger.info("%s: %s bytes to write, %s bytes free.", export.folder, f"{size:,}", f"{export.free:,}")
     if dry_run:
         return export
@@ -126,17 +128,17 @@ def save_as_vocabulary(
 
 
 def _prompt(model: PeftModel, adapter_name: str) -> Tensor:
-    require_adapter(model, adapter_name, PromptTuningConfig)
+    find_adapter(model, adapter_name, PromptTuningConfig)
     config = model.peft_config[adapter_name]
     if config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise ValueError(
-            f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; new words are for models that "
-            "generate text (CAUSAL_LM, SEQ_2_SEQ_LM). Use `save_as_prompt_tuning`."
+            f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; new tokens are for models "
+            "that generate text (CAUSAL_LM, SEQ_2_SEQ_LM). Use `save_as_prompt_tuning`."
         )
     if config.modules_to_save:
         raise ValueError(
-            f"Adapter {adapter_name!r} has trained modules of the model along (modules_to_save="
-            f"{config.modules_to_save}); a prefix string cannot choose those. Use `save_as_prompt_tuning`."
+            f"Adapter {adapter_name!r} has trained heads (modules_to_save={config.modules_to_save}), which a prefix "
+            "string cannot select. Use `save_as_prompt_tuning`."
         )
     return get_prompt_tensor(model, adapter_name)[: config.num_virtual_tokens]
 
@@ -144,11 +146,13 @@ def _prompt(model: PeftModel, adapter_name: str) -> Tensor:
 def _check_base(base_model: Any, tokenizer: Any) -> None:
     name = type(base_model).__name__
     if getattr(base_model, "is_quantized", False) or any(p.device.type == "meta" for p in base_model.parameters()):
-        raise ValueError(f"{name} is quantized or offloaded. Load it whole and without quantization to export it.")
+        raise ValueError(
+            f"{name} is quantized or offloaded. Load it without quantization and offloading to export it."
+        )
     output = base_model.get_output_embeddings()
     if output is None or not isinstance(base_model.get_input_embeddings(), torch.nn.Embedding):
         raise ValueError(
-            f"{name} has no pair of an embedding table and an output layer that new words could be added to. Use "
+            f"{name} has no embedding table and output layer to which new tokens can be added. Use "
             "`save_as_prompt_tuning`."
         )
     highest, rows = max(max(tokenizer(probe).input_ids) for probe in PROBES), base_model.get_input_embeddings().weight
@@ -157,80 +161,6 @@ def _check_base(base_model: Any, tokenizer: Any) -> None:
             f"`tokenizer` gives ids up to {highest}, and {name} has {len(rows)} rows of embeddings. Pass the base "
             "model's own tokenizer."
         )
-
-
-# --- tokenizer ------------------------------------------------------------------------------------------------------
-
-
-def _add_tokens(tokenizer: Any, prompts: dict[str, Tensor], token_format: str) -> tuple[Any, dict[str, list[int]]]:
-    """A copy of the tokenizer with the new tokens, which starts no text with special tokens; and the new ids."""
-    from transformers import AddedToken
-
-    words = {name: [_spell(token_format, i, name) for i in range(len(prompt))] for name, prompt in prompts.items()}
-    spelled = [word for name in prompts for word in words[name]]
-    known = tokenizer.get_vocab()
-    taken = sorted({word for word in spelled if word in known or spelled.count(word) > 1})
-    if taken:
-        raise ValueError(
-            f"`token_format`={token_format!r} spells {taken[:3]}, which the tokenizer has already or which several "
-            "tokens would share. Use another spelling, with `{i}` and, for several adapters, `{name}`."
-        )
-    if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is no fast tokenizer. Load it with `use_fast=True`.")
-    extended = copy.deepcopy(tokenizer)
-    extended.add_tokens([AddedToken(word, special=True, normalized=False) for word in spelled], special_tokens=True)
-    _drop_leading_tokens(extended)
-    return extended, {name: extended.convert_tokens_to_ids(words[name]) for name in prompts}
-
-
-def _spell(token_format: str, i: int, name: str) -> str:
-    try:
-        return token_format.format(i=i, name=name)
-    except (KeyError, IndexError, ValueError) as error:
-        raise ValueError(f"`token_format`={token_format!r} may hold `{{i}}` and `{{name}}` only ({error}).") from error
-
-
-def _drop_leading_tokens(tokenizer: Any) -> None:
-    """Take special tokens out of the front of the tokenizer's template; those at the end stay."""
-    from tokenizers import Tokenizer
-
-    backend = tokenizer.backend_tokenizer
-    values = json.loads(backend.to_str())
-    steps: list[Any] = [values["post_processor"] or {}]
-    while steps:
-        step = steps.pop()
-        steps.extend(step.get("processors", ()))
-        if step.get("type") == "TemplateProcessing":
-            for template in (step["single"], step["pair"]):
-                while "SpecialToken" in template[0]:
-                    del template[0]
-    backend.post_processor = Tokenizer.from_str(json.dumps(values)).post_processor
-
-
-def _find_prefixes(tokenizer: Any, extended: Any, token_ids: dict[str, list[int]]) -> dict[str, str]:
-    """Prefix strings by adapter, and for none, behind which a text is tokenized as the tokenizer does it alone."""
-    whole, bare = tokenizer(PROBES[0]).input_ids, tokenizer(PROBES[0], add_special_tokens=False).input_ids
-    starts = [i for i in range(len(whole)) if whole[i : i + len(bare)] == bare]
-    leading = "".join(tokenizer.convert_ids_to_tokens(whole[: starts[0]])) if starts else ""
-    # Some tokenizers (Llama 2's) give the first word of a text a space, and a word behind a special token none.
-    for separator in ("", " "):
-        ends = leading + separator
-        prefixes = {name: "".join(extended.convert_ids_to_tokens(ids)) + ends for name, ids in token_ids.items()}
-        prefixes[NO_ADAPTER] = ends if leading else ""
-        if _reads_alike(tokenizer, extended, prefixes, token_ids):
-            return prefixes
-    raise ValueError(
-        f"{type(tokenizer).__name__} does not tokenize a text behind new tokens as it does alone, so a prefix string "
-        "cannot choose a prompt. Use `save_as_prompt_tuning`."
-    )
-
-
-def _reads_alike(tokenizer: Any, extended: Any, prefixes: dict[str, str], token_ids: dict[str, list[int]]) -> bool:
-    return all(
-        extended(prefix + probe).input_ids == token_ids.get(name, []) + tokenizer(probe).input_ids
-        for name, prefix in prefixes.items()
-        for probe in PROBES
-    )
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -245,7 +175,7 @@ def _extend(
     rows = max(embeddings.num_embeddings, *(i + 1 for i in new_ids))
     table = embeddings.weight.detach()
     new_table, new_output = _padded(table, rows), _padded(output.weight.detach(), rows)
-    # Some modules multiply their rows (Gemma's), in their own precision; the prompt stands behind that.
+    # Some modules scale their rows (Gemma's), in their own precision. The prompt is the result of that.
     scale = torch.as_tensor(getattr(embeddings, "embed_scale", 1.0)).to(table.dtype).item()
     new_table[new_ids] = (torch.cat([prompts[name] for name in token_ids]) / scale).to(table)
     new_output[new_ids] = 0
@@ -257,29 +187,29 @@ def _extend(
         elif tensor.data_ptr() == table.data_ptr() and tensor.shape == table.shape:
             state[name] = new_table
     if getattr(output, "bias", None) is not None:
-        # Where there is a bias, it alone keeps the new tokens from being generated.
+        # With a bias, this alone keeps the new tokens from being generated.
         new_bias = _padded(output.bias.detach(), rows)
         new_bias[new_ids] = -1e4
         state.update({name.removesuffix("weight") + "bias": new_bias for name in output_names})
     config, generation_config = copy.deepcopy(base_model.config), copy.deepcopy(base_model.generation_config)
     config.get_text_config().vocab_size = rows
     if set(base_model.get_expanded_tied_weights_keys(all_submodels=True)) <= output_names:
-        # Where more than the output layer is tied (T5), loading tells by the weights what is tied and what is not.
+        # If more than the output layer is tied (T5), loading finds out from the weights what is tied.
         config.tie_word_embeddings = False
     generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), *new_ids})
     return state, config, generation_config
 
 
 def _check_shapes(base_model: Any, config: Any, state: dict[str, Tensor]) -> None:
-    """Refuse an architecture in which more than the two tables goes by the size of the vocabulary (BART)."""
+    """Refuse an architecture in which more than the two tables depends on the size of the vocabulary (BART)."""
     with torch.device("meta"):
         expected = type(base_model)(copy.deepcopy(config)).state_dict()
     for name, tensor in expected.items():
         if name not in state or state[name].shape != tensor.shape:
             found = list(state[name].shape) if name in state else "nothing"
             raise ValueError(
-                f"{type(base_model).__name__} cannot be given new words: its `{name}` would need the shape "
-                f"{list(tensor.shape)}, and is {found}. Use `save_as_prompt_tuning`."
+                f"{type(base_model).__name__} cannot have new tokens: its `{name}` would need the shape "
+                f"{list(tensor.shape)}, and has {found}. Use `save_as_prompt_tuning`."
             )
 
 
@@ -288,7 +218,7 @@ def _padded(table: Tensor, rows: int) -> Tensor:
     return torch.cat([table, table.new_zeros(max(rows - len(table), 0), *table.shape[1:])])
 
 
-# --- what is written is what the model computes ---------------------------------------------------------------------
+# --- check what was written ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -297,10 +227,10 @@ def _check_written(
 ) -> None:
     from transformers import AutoTokenizer
 
-    if not _reads_alike(tokenizer, AutoTokenizer.from_pretrained(folder), export.prefixes, export.token_ids):
+    if not tokenizes_alike(tokenizer, AutoTokenizer.from_pretrained(folder), export.prefixes, export.token_ids):
         raise ValueError(
-            f"{type(tokenizer).__name__}, saved and loaded again, does not tokenize a text behind new tokens as it "
-            "does alone, so a prefix string cannot choose a prompt. Use `save_as_prompt_tuning`."
+            f"{type(tokenizer).__name__}, saved and loaded again, does not tokenize a text after new tokens as it does "
+            "alone, so a prefix string cannot select a prompt. Use `save_as_prompt_tuning`."
         )
     written = type(base_model).from_pretrained(folder, dtype=base_model.dtype).eval()
     for adapter_name, prompt in prompts.items():
@@ -310,7 +240,7 @@ def _check_written(
 def _compare(
     base_model: Any, written: Any, prompt: Tensor, export: VocabularyExport, adapter_name: str, text: list[int]
 ) -> None:
-    """Compare logits over the vocabulary that there was."""
+    """Compare the logits of the original vocabulary."""
     embeddings = base_model.get_input_embeddings()
     device, rows = embeddings.weight.device, embeddings.num_embeddings
     start = {}
@@ -324,6 +254,6 @@ def _compare(
     found = written(input_ids=torch.tensor([export.token_ids[adapter_name] + text]), **start).logits
     if not is_close(found[..., kept], live.cpu()[..., kept]):
         raise ValueError(
-            f"{type(base_model).__name__}, saved with new words and loaded again, gives other logits behind them than "
-            f"behind the prompt of adapter {adapter_name!r}. Use `save_as_prompt_tuning`."
+            f"{type(base_model).__name__}, saved with new tokens and loaded again, computes other logits after them than "
+            f"after the prompt of adapter {adapter_name!r}. Use `save_as_prompt_tuning`."
         )

@@ -61,7 +61,7 @@ class ResidualAdapters(PeftModel):
             finally:
                 self.peft_config[adapter_name] = config
             del self.prompt_encoder[adapter_name]
-            encoder = ResidualPromptEncoder(config, self.word_embeddings, _special_ids(self.base_model))
+            encoder = ResidualPromptEncoder(config, self.word_embeddings, special_ids(self.base_model))
             self.prompt_encoder[adapter_name] = encoder.to(self.device)
         # PEFT registers the base model's table under a second name, and FSDP2 cannot load a checkpoint that has both.
         # A plain attribute is not registered.
@@ -244,8 +244,8 @@ class ResidualAdapters(PeftModel):
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
 
-def _special_ids(base_model: Any) -> set[int]:
-    """Every `*_token_id` in the model's configuration."""
+def special_ids(base_model: Any) -> set[int]:
+    """Every `*_token_id` in the base model's configuration."""
     values = base_model.config.to_dict() if hasattr(base_model.config, "to_dict") else {}
     ids: set[int] = set()
     for name, value in values.items():

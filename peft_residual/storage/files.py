@@ -129,12 +129,13 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
+def read_prompt(source: str | os.PathLike[str], **hub_kwargs: Any) -> tuple[Tensor, int | None]:
     """Read a saved projected prompt.
 
     Args:
         source (`str` or `os.PathLike`): An adapter's folder or Hub id (residual, merged, or PEFT's own prompt tuning,
             P-tuning and CPT), or a `.safetensors` or `.npy` file with one prompt tensor.
+        hub_kwargs: `subfolder`, `revision`, `token` and the like for a folder or Hub id, as for `hf_hub_download`.
 
     Returns:
         `tuple`: The prompt `[rows, H]`, float32. And the number of rows for the encoder, if the adapter has a second
@@ -150,8 +151,8 @@ def read_prompt(source: str | os.PathLike[str]) -> tuple[Tensor, int | None]:
     elif source.suffix == ".safetensors":
         prompt = _single_prompt(read_tensors(source), source)
     else:
-        tensors = read_tensors(locate(source, SAFETENSORS_WEIGHTS_NAME))
-        values = read_config(locate(source, CONFIG_NAME))
+        tensors = read_tensors(locate(source, SAFETENSORS_WEIGHTS_NAME, **hub_kwargs))
+        values = read_config(locate(source, CONFIG_NAME, **hub_kwargs))
         if values.get("peft_type") not in _PROMPT_TYPES:
             raise ValueError(
                 f"`{source}` contains an adapter with `peft_type`={values.get('peft_type')!r}, which puts no prompt "
