@@ -7,7 +7,7 @@ import sys
 import numpy
 import pytest
 import torch
-from conftest import make_config, tiny_t5
+from conftest import make_config, tiny_gpt2, tiny_t5
 from peft import (
     LoraConfig,
     PeftModel,
@@ -16,10 +16,10 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scenarios import SCENARIOS, fresh, outputs_of, train
 
-from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, save_as_prompt_tuning
+from peft_residual import convert_to_prompt_tuning, get_prompt_tensor, inspect_prompt, save_as_prompt_tuning
 from peft_residual.export import save_prompt_tensor
 from peft_residual.storage.files import read_prompt
 
@@ -284,7 +284,7 @@ def test_wrong_sources_are_refused_before_anything_is_written(tmp_path):
         (lambda: save_as_prompt_tuning(plain, out), "PromptTuningConfig, expected ResidualPromptTuningConfig"),
         (lambda: save_as_prompt_tuning(tmp_path / "plain", out), "type 'PROMPT_TUNING', expected 'RESIDUAL"),
         (lambda: save_as_prompt_tuning(tmp_path / "missing", out), "neither a folder nor the id of a Hub repository"),
-        (lambda: save_as_prompt_tuning(T5.model(), out, adapter_name="x"), r"named 'x'.*\['default'\]"),
+        (lambda: save_as_prompt_tuning(T5.model(), out, adapter_name="x"), r"no adapter 'x'.*\['default'\]"),
         (lambda: convert_to_prompt_tuning(lora), "LoraConfig"),
         (lambda: get_prompt_tensor(lora), "LoraConfig"),
         (lambda: get_prompt_tensor(tiny_t5()), "must be a PeftModel"),
@@ -304,3 +304,53 @@ def test_half_a_checkpoint_is_refused_by_name(tmp_path):
         with pytest.raises(ValueError, match=r"adapter_model\.safetensors.* is damaged"):
             save_as_prompt_tuning(tmp_path / "full", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+# --- which adapter ---------------------------------------------------------------------------------------------------
+
+
+def test_no_name_means_the_active_adapter(tmp_path):
+    model = get_peft_model(tiny_gpt2(), make_config(task_type="CAUSAL_LM"), adapter_name="task")
+    model.add_adapter("other", make_config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for name, length in (("task", 4), ("other", 3)):
+        model.set_adapter(name)
+        expected = model.get_prompt_embedding_to_save(name)
+        assert len(expected) == length and torch.equal(get_prompt_tensor(model), expected)
+        merged = load_file(save_as_prompt_tuning(model, tmp_path / name) / "adapter_model.safetensors")
+        tensor = load_file(save_prompt_tensor(model, tmp_path / f"{name}.safetensors"))
+        assert torch.equal(merged["prompt_embeddings"], expected) and torch.equal(
+            tensor["prompt_embeddings"], expected
+        )
+        assert inspect_prompt(model).name == name
+    convert_to_prompt_tuning(model)
+    assert model.peft_config["other"].peft_type == "PROMPT_TUNING"
+    assert model.peft_config["task"].peft_type == "RESIDUAL_PROMPT_TUNING"
+
+
+def test_without_one_active_adapter_a_name_is_needed():
+    model = get_peft_model(tiny_gpt2(), make_config(task_type="CAUSAL_LM"), adapter_name="task")
+    model.delete_adapter("task")
+    with pytest.raises(ValueError, match=r"`adapter_name` is None, and the active adapter is \[\]"):
+        get_prompt_tensor(model)
+
+
+def test_an_adapter_in_a_subfolder_is_exported_and_inspected(tmp_path):
+    model = get_peft_model(tiny_gpt2(), make_config(task_type="CAUSAL_LM"), adapter_name="task")
+    model.save_pretrained(tmp_path / "saved")
+    expected = model.get_prompt_embedding_to_save("task")
+    merged = save_as_prompt_tuning(tmp_path / "saved", tmp_path / "merged", subfolder="task")
+    assert torch.equal(load_file(merged / "adapter_model.safetensors")["prompt_embeddings"], expected)
+    file = save_prompt_tensor(tmp_path / "saved", tmp_path / "prompt.safetensors", subfolder="task")
+    assert torch.equal(load_file(file)["prompt_embeddings"], expected)
+    assert torch.equal(inspect_prompt(tmp_path / "saved", subfolder="task").projected, expected)
+
+
+def test_a_damaged_adapter_is_not_merged(tmp_path):
+    get_peft_model(tiny_gpt2(), make_config(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    tensors["prompt_embeddings"] = tensors["prompt_embeddings"] + 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(ValueError, match="do not result in its own projected prompt"):
+        save_as_prompt_tuning(tmp_path / "saved", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

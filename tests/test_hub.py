@@ -12,6 +12,7 @@ import torch
 from conftest import tiny_t5
 from hub_server import TOKEN, Hub
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file
 from scenarios import SCENARIOS, outputs_of
 
 from peft_residual import save_as_prompt_tuning
@@ -168,7 +169,7 @@ def test_a_merged_model_is_pushed_and_stock_peft_pulls_it(client, stock, hub, ad
     assert torch.allclose(logits(stock(only + "show(model)")), expected, rtol=0, atol=1e-6)
 
 
-def test_a_revision_is_pulled(client, hub, adapter):
+def test_a_revision_is_pulled(client, hub, adapter, tmp_path):
     folder, expected = adapter
     client(f"load({str(folder)!r}).push_to_hub('someone/versions')")
     first, _ = hub.files("someone/versions")
@@ -182,6 +183,12 @@ def test_a_revision_is_pulled(client, hub, adapter):
     assert torch.equal(logits(client(f"show(load('someone/versions', revision={first!r}))")), expected)
     assert not torch.equal(logits(client("show(load('someone/versions'))")), expected)
     assert not torch.equal(logits(client("show(load('someone/versions', revision='next'))")), expected)
+    client(f"""
+        from peft_residual import save_as_prompt_tuning
+        save_as_prompt_tuning("someone/versions", {str(tmp_path / "merged")!r}, revision={first!r}, token={TOKEN!r})
+    """)
+    merged = load_file(tmp_path / "merged" / "adapter_model.safetensors")["prompt_embeddings"]
+    assert torch.equal(merged, load_file(folder / "adapter_model.safetensors")["prompt_embeddings"])
 
 
 def test_what_a_user_wrote_into_the_card_on_the_hub_outlives_the_next_push(client, hub, adapter):

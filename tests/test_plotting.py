@@ -38,19 +38,19 @@ def test_the_heat_map_shows_the_similarities_from_minus_one_to_one(report):
 def test_the_bars_are_the_norms(report):
     (axes,) = plot_norms(report).axes
     raw, projected = axes.containers
-    assert [bar.get_height() for bar in raw] == pytest.approx(report.raw_norms.tolist())
+    assert [bar.get_height() for bar in raw] == pytest.approx(report.embedding_norms.tolist())
     assert [bar.get_height() for bar in projected] == pytest.approx(report.norms.tolist())
     middles = [bar.get_x() + bar.get_width() / 2 for bar in projected]
     assert middles == pytest.approx([place + 0.2 for place in range(4)])
     labels = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert labels == {"raw prompt", "projected prompt", "words, 5 to 95 %", "words, median"}
+    assert labels == {"prompt embedding", "projected prompt", "words, 5 to 95 %", "words, median"}
 
 
 def test_the_map_keeps_the_distances_that_two_dimensions_can_show(report):
     (axes,) = plot_map(report).axes
     words, raw, projected = (collection.get_offsets() for collection in axes.collections)
     assert (len(words), len(raw), len(projected)) == (12, 4, 4)
-    units = [torch.nn.functional.normalize(p, dim=1) for p in (report.projected, report.raw)]
+    units = [torch.nn.functional.normalize(p, dim=1) for p in (report.projected, report.embedding)]
     flat = numpy.linalg.norm(numpy.asarray(raw) - numpy.asarray(projected), axis=1)
     assert (flat <= (units[0] - units[1]).norm(dim=1).numpy() + 1e-5).all()
     shares = [float(axis.get_label_text().split("(")[1].rstrip("%)")) for axis in (axes.xaxis, axes.yaxis)]
@@ -68,7 +68,7 @@ def test_a_folders_report_has_all_pictures_but_the_map(tmp_path):
     SCENARIOS["t5"].model().save_pretrained(tmp_path)
     report = inspect_prompt(tmp_path)
     titles = [axes.get_title() for axes in plot_prompt(report).axes if axes.get_title()]
-    assert titles == ["Similarity of the virtual tokens", "Length of the virtual tokens"]
+    assert titles == ["Similarity of the virtual tokens", "Norms of the virtual tokens"]
     with pytest.raises(ValueError, match=r"no nearest tokens.*--base"):
         plot_map(report)
 

@@ -224,7 +224,7 @@ def test_models_whose_prompt_is_no_prefix_are_refused_by_name(tmp_path):
         (tiny("Llama", rope_parameters=scaled), "LlamaForCausalLM has rotary positions of type 'dynamic'"),
         (mla, "DeepseekV3ForCausalLM leaves 4 keys and values of shapes"),
         (tiny("Mamba", state_size=4), "MambaForCausalLM leaves 0 keys and values"),
-        (tiny("Qwen3Next", num_experts=0, head_dim=8), "Qwen3NextForCausalLM does not leave its keys and values"),
+        (tiny("Qwen3Next", num_experts=0, head_dim=8), "Qwen3NextForCausalLM does not put its keys and values"),
         (LooksAtTheWholeText(tiny("Llama").config).eval(), "LooksAtTheWholeText computes other logits"),
     ]
     for base, message in cases:
@@ -238,7 +238,7 @@ def test_other_tasks_and_existing_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"task_type='SEQ_2_SEQ_LM'.*save_as_prompt_tuning"):
         save_as_prefix_tuning(get_peft_model(tiny_t5(), make_config()), tmp_path / "prefix")
     model = prompted(tiny_llama())
-    with pytest.raises(ValueError, match="No adapter is named 'x'"):
+    with pytest.raises(ValueError, match="There is no adapter 'x'"):
         save_as_prefix_tuning(model, tmp_path / "prefix", adapter_name="x")
     save_as_prefix_tuning(model, tmp_path / "prefix")
     with pytest.raises(FileExistsError, match="overwrite=True"):

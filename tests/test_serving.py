@@ -75,7 +75,7 @@ def test_other_tasks_and_adapters_are_refused(tokenizer):
     for build in (vllm_request, sglang_request):
         with pytest.raises(ValueError, match=r"task_type='SEQ_2_SEQ_LM'.*save_as_vocabulary"):
             build(get_peft_model(tiny_t5(), make_config()), tokenizer, "a")
-        with pytest.raises(ValueError, match="No adapter is named 'x'"):
+        with pytest.raises(ValueError, match="There is no adapter 'x'"):
             build(LLAMA.model(), tokenizer, "a", adapter_name="x")
         with pytest.raises(ValueError, match="must be a PeftModel"):
             build(LLAMA.build(), tokenizer, "a")

@@ -166,20 +166,20 @@ def test_the_report_is_of_the_projected_prompt_which_alone_is_a_point_among_the_
     # As many rows as columns: nothing in the shape of the weights says that they are no prompt.
     model = get_peft_model(base, make_config(**SUPERPOS, encoder_hidden_size=WIDTH, prompt_tuning_init_seed=3))
     report = inspect_prompt(model, k=1)
-    assert report.raw is None and report.raw_norms is None and report.network_share is None
-    assert report.distance_from_start.tolist() == [0.0] * P
+    assert report.embedding is None and report.embedding_norms is None and report.network_share is None
+    assert report.distance_from_initialization.tolist() == [0.0] * P
     found = report.nearest["projected"]["cosine"].ids.flatten().tolist()
     assert found == ids_of(encoder_of(model)(), model.word_embeddings) and list(report.nearest) == ["projected"]
     with torch.no_grad():
         encoder_of(model).embedding.weight[2] *= 3
     report = inspect_prompt(model)
     distances = [0.0, 0.0, 2 * encoder_of(model).network.rows[2].norm().item(), 0.0]
-    assert report.distance_from_start.tolist() == pytest.approx(distances)
-    assert "from start" in str(report) and "raw norm" not in str(report)
+    assert report.distance_from_initialization.tolist() == pytest.approx(distances)
+    assert "from initialization" in str(report) and "embedding norm" not in str(report)
     plot_prompt(report)
     model.save_pretrained(tmp_path)
     assert torch.equal(inspect_prompt(tmp_path).projected, get_prompt_tensor(model))
-    assert inspect_prompt(tmp_path).raw is None
+    assert inspect_prompt(tmp_path).embedding is None
 
 
 def test_check_finds_a_saved_adapter_whole(folder):

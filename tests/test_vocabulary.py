@@ -275,8 +275,8 @@ def tiny_bart():
 def test_architectures_that_cannot_be_right_are_refused_by_name(tmp_path):
     tokenizer = bytes_tokenizer()
     cases = [
-        (prompted(tiny_bart()), "BartForConditionalGeneration cannot be given new words: its `final_logits_bias`"),
-        (prompted(ReadsIds(tiny_gpt2(vocab_size=264).config)), "ReadsIds.*gives other logits"),
+        (prompted(tiny_bart()), "BartForConditionalGeneration cannot have new tokens: its `final_logits_bias`"),
+        (prompted(ReadsIds(tiny_gpt2(vocab_size=264).config)), "ReadsIds.*computes other logits"),
         (prompted(tiny_bert("TokenClassification"), "TOKEN_CLS"), "task_type='TOKEN_CLS'"),
     ]
     for model, message in cases:
@@ -293,11 +293,11 @@ def test_wrong_arguments_are_refused(tmp_path):
         return lambda: save_as_vocabulary(model, tokenizer, tmp_path / "out", **options)
 
     cases = [
-        (save(head), r"modules_to_save=\['lm_head'\].*cannot choose"),
-        (save(adapter_names=["x"]), "No adapter is named 'x'"),
+        (save(head), r"modules_to_save=\['lm_head'\].*cannot select"),
+        (save(adapter_names=["x"]), "There is no adapter 'x'"),
         (save(adapter_names=[]), "`adapter_names` is empty"),
         (save(token_format="<task>"), "spells"),
-        (save(token_format="he"), "which the tokenizer has already"),
+        (save(token_format="he"), "which the tokenizer already has"),
         (save(token_format="<{number}>"), r"may hold `\{i\}` and `\{name\}` only"),
         (save(token_format="{"), "only"),
         (save(model.base_model), "must be a PeftModel"),

@@ -156,8 +156,8 @@ def _warn_of_windows(base_model: Any) -> None:
     kinds = getattr(text_config, "layer_types", None)
     if window and (kinds is None or "sliding_attention" in kinds):
         warnings.warn(
-            f"{type(base_model).__name__} attends within a window of {window} tokens, and PEFT puts the prefix in front "
-            "of a row's padding, which the window counts. Left-padded batches are exact as long as prompt, padding and "
-            "text fit the window. Rows without padding are always exact.",
+            f"{type(base_model).__name__} attends within a window of {window} tokens, and PEFT puts the prefix in "
+            "front of a row's padding, which the window counts. Left-padded batches are exact as long as prompt, "
+            "padding and text fit the window. Rows without padding are always exact.",
             stacklevel=3,
         )

@@ -35,7 +35,8 @@ def get_prompt_tensor(model: PeftModel, adapter_name: str | None = None) -> Tens
     Raises:
         ValueError: If there is no such adapter, or it is of another type.
     """
-    return model.get_prompt_embedding_to_save(find_adapter(model, adapter_name, PromptTuningConfig))
+    adapter_name = find_adapter(model, adapter_name, PromptTuningConfig)
+    return model.get_prompt_embedding_to_save(adapter_name)
 
 
 def convert_to_prompt_tuning(model: PeftModel, adapter_name: str | None = None) -> None:

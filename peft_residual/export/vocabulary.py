@@ -229,8 +229,8 @@ def _check_written(
 
     if not tokenizes_alike(tokenizer, AutoTokenizer.from_pretrained(folder), export.prefixes, export.token_ids):
         raise ValueError(
-            f"{type(tokenizer).__name__}, saved and loaded again, does not tokenize a text after new tokens as it does "
-            "alone, so a prefix string cannot select a prompt. Use `save_as_prompt_tuning`."
+            f"{type(tokenizer).__name__}, saved and loaded again, does not tokenize a text after new tokens as it "
+            "does alone, so a prefix string cannot select a prompt. Use `save_as_prompt_tuning`."
         )
     written = type(base_model).from_pretrained(folder, dtype=base_model.dtype).eval()
     for adapter_name, prompt in prompts.items():
@@ -254,6 +254,6 @@ def _compare(
     found = written(input_ids=torch.tensor([export.token_ids[adapter_name] + text]), **start).logits
     if not is_close(found[..., kept], live.cpu()[..., kept]):
         raise ValueError(
-            f"{type(base_model).__name__}, saved with new tokens and loaded again, computes other logits after them than "
-            f"after the prompt of adapter {adapter_name!r}. Use `save_as_prompt_tuning`."
+            f"{type(base_model).__name__}, saved with new tokens and loaded again, computes other logits after them "
+            f"than after the prompt of adapter {adapter_name!r}. Use `save_as_prompt_tuning`."
         )

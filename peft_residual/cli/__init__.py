@@ -1,0 +1,63 @@
+"""The command line `peft-residual`.
+
+A command is a function that adds its options to a parser and returns the function to run. Its docstring is its help.
+To add a command, write such a function and add it to `COMMANDS`.
+
+Exit codes: 0 for success, 1 for an adapter that is not valid or an error, 2 for a wrong command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from argparse import ArgumentParser
+from collections.abc import Sequence
+
+from .check import check_command, inspect_command
+from .export import export_command, merge_command
+from .share import card_command, push_command
+from .shared import Command, Outcome, say
+
+
+COMMANDS: dict[str, Command] = {
+    "inspect": inspect_command,
+    "merge": merge_command,
+    "export": export_command,
+    "check": check_command,
+    "card": card_command,
+    "push": push_command,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): The arguments; those of the process when None.
+
+    Returns:
+        `int`: The exit code. A wrong command line and `--help` end the process instead, as argparse does.
+    """
+    parser = ArgumentParser(
+        "peft-residual", description="Inspect, export, check and share residual prompt tuning adapters."
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="command")
+    for name, command in COMMANDS.items():
+        text = inspect.getdoc(command) or ""
+        raw = argparse.RawDescriptionHelpFormatter
+        subparser = subparsers.add_parser(name, help=text.partition("\n")[0], description=text, formatter_class=raw)
+        subparser.set_defaults(run=command(subparser))
+        subparser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    from huggingface_hub.errors import HTTPError  # includes broken connections, which are not an `OSError`
+
+    try:
+        outcome: Outcome = options.run(options)
+    except (ValueError, OSError, ImportError, HTTPError) as error:
+        say(f"error: {error}".replace("`overwrite=True`", "--overwrite"))
+        return 1
+    text = json.dumps(outcome.values, indent=2, ensure_ascii=False) if options.json else outcome.text
+    sys.stdout.write(text + "\n")
+    return outcome.code
