@@ -9,7 +9,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BasePromptEncoder
 from torch import Tensor, nn
 
@@ -217,12 +217,13 @@ class ResidualPromptEncoder(BasePromptEncoder):
     def _get_adapter_state_dict(
         cls,
         model: PeftModel,
-        config: ResidualPromptTuningConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        prefix, encoder = f"prompt_encoder.{adapter_name}.", model.prompt_encoder[adapter_name]
+        prefix = f"prompt_encoder.{adapter_name}."
+        encoder: Any = model.prompt_encoder[adapter_name]
         names = [
             checkpoint.EMBEDDING_KEY,
             *(checkpoint.NETWORK_PREFIX + name for name in encoder._skeleton.state_dict()),
@@ -259,12 +260,12 @@ class ResidualPromptEncoder(BasePromptEncoder):
     def _remap_adapter_state_dict_for_load(
         cls,
         model: PeftModel,
-        config: ResidualPromptTuningConfig,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """Check a checkpoint against this adapter, then name its tensors as the live model does."""
-        encoder = model.prompt_encoder[adapter_name]
+        encoder: Any = model.prompt_encoder[adapter_name]
         projected, state, heads = checkpoint.unpack(state_dict)
         if any(hasattr(parameter, "ds_id") for parameter in encoder.parameters()):
             raise ValueError(

@@ -298,7 +298,7 @@ def test_wrong_arguments_are_refused(tmp_path):
         (save(adapter_names=[]), "`adapter_names` is empty"),
         (save(token_format="<task>"), "spells"),
         (save(token_format="he"), "which the tokenizer already has"),
-        (save(token_format="<{number}>"), r"may hold `\{i\}` and `\{name\}` only"),
+        (save(token_format="<{number}>"), r"may contain only `\{i\}` and `\{name\}`"),
         (save(token_format="{"), "only"),
         (save(model.base_model), "must be a PeftModel"),
         (save(prompted(tiny_gpt2(vocab_size=64))), r"ids up to \d+, and GPT2LMHeadModel has 64 rows"),

@@ -190,8 +190,9 @@ def inspect_prompt(
         model = model_or_path
         name, config, projected, embedding = _prompts_of(model, adapter_name)
         nearest = nearest_tokens(model, tokenizer, k, adapter_name=name)
-        rows = _vocabulary(model.word_embeddings, tokenizer)
-        norms = [look_up(model.word_embeddings, part).norm(dim=1) for part in _parts(rows)]
+        table: Any = model.word_embeddings
+        rows = _vocabulary(table, tokenizer)
+        norms = [look_up(table, part).norm(dim=1) for part in _parts(rows)]
         vocabulary_norms = torch.cat(norms).sort().values
         initial, initialization_error = _initial_prompt(config, model)
     else:
@@ -239,7 +240,7 @@ def nearest_tokens(
     """
     _, _, projected, embedding = _prompts_of(model, adapter_name)
     prompts = {"projected": projected, **({} if embedding is None else {"embedding": embedding})}
-    table = model.word_embeddings
+    table: Any = model.word_embeddings
     vocabulary = _vocabulary(table, tokenizer)
     nearness: dict[tuple[str, str], list[Tensor]] = {(p, metric): [] for p in prompts for metric in METRICS}
     for part in _parts(vocabulary):
@@ -261,8 +262,8 @@ def nearest_tokens(
 
 def _prompts_of(model: PeftModel, adapter_name: str | None) -> tuple[str, PromptTuningConfig, Tensor, Tensor | None]:
     """Name, config, projected prompt and prompt embedding of an adapter."""
-    name = find_adapter(model, adapter_name, PromptTuningConfig)
-    config, encoder = model.peft_config[name], model.prompt_encoder[name]
+    name, config = find_adapter(model, adapter_name, PromptTuningConfig)
+    encoder: Any = model.prompt_encoder[name]
     projected = get_prompt_tensor(model, name).detach().float().cpu()
     return name, config, projected, encoder.embedding.weight.detach().float().cpu() if _has_embedding(config) else None
 
@@ -271,7 +272,7 @@ def _has_embedding(config: PromptTuningConfig) -> bool:
     return isinstance(config, ResidualPromptTuningConfig) and not config.mixes_vocabulary
 
 
-def _network_share(config: PromptTuningConfig, embedding: Tensor, projected: Tensor) -> Tensor:
+def _network_share(config: Any, embedding: Tensor, projected: Tensor) -> Tensor:
     # Without a network the embedding is the projected prompt: all skip.
     has_skip = config.has_skip or torch.equal(embedding, projected)
     skipped = embedding if has_skip else torch.zeros_like(projected)
@@ -279,7 +280,7 @@ def _network_share(config: PromptTuningConfig, embedding: Tensor, projected: Ten
     return added / (added + kept).clamp_min(torch.finfo(added.dtype).tiny)
 
 
-def _initial_prompt(config: PromptTuningConfig, model: PeftModel) -> tuple[Tensor | None, str | None]:
+def _initial_prompt(config: PromptTuningConfig, model: Any) -> tuple[Tensor | None, str | None]:
     """The initialization of the prompt embedding (of the projected prompt if there is none), or None and why not."""
     if not isinstance(config, ResidualPromptTuningConfig):
         return None, "a plain prompt's initialization is not recorded."

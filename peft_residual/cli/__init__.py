@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command(subparser))
         subparser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    from huggingface_hub.errors import HTTPError  # includes broken connections, which are not an `OSError`
+    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # broken connections are no `OSError`
 
     try:
         outcome: Outcome = options.run(options)

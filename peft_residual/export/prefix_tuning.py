@@ -53,8 +53,7 @@ def save_as_prefix_tuning(
             prefix: keys and values differ in shape between layers, depend on the length of the text, or are missing.
         FileExistsError: If `save_directory` exists and `overwrite` is False, or it is not an adapter's folder.
     """
-    adapter_name = find_adapter(model, adapter_name, PromptTuningConfig)
-    config = model.peft_config[adapter_name]
+    adapter_name, config = find_adapter(model, adapter_name, PromptTuningConfig)
     if config.task_type != "CAUSAL_LM":
         raise ValueError(
             f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; only the prompt of a causal "

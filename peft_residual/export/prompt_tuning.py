@@ -35,7 +35,7 @@ def get_prompt_tensor(model: PeftModel, adapter_name: str | None = None) -> Tens
     Raises:
         ValueError: If there is no such adapter, or it is of another type.
     """
-    adapter_name = find_adapter(model, adapter_name, PromptTuningConfig)
+    adapter_name, _ = find_adapter(model, adapter_name, PromptTuningConfig)
     return model.get_prompt_embedding_to_save(adapter_name)
 
 
@@ -52,14 +52,13 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str | None = None) 
     Raises:
         ValueError: If there is no such adapter, it is not a residual adapter, or its weights are sharded.
     """
-    adapter_name = find_adapter(model, adapter_name, ResidualPromptTuningConfig)
-    encoder = model.prompt_encoder[adapter_name]
+    adapter_name, config = find_adapter(model, adapter_name, ResidualPromptTuningConfig)
+    encoder: Any = model.prompt_encoder[adapter_name]
     if is_sharded(encoder):
         raise ValueError(
             f"The weights of adapter {adapter_name!r} are sharded by FSDP2 or ZeRO-3, which keep references to them. "
             "Save it with `model.save_pretrained` and merge the folder with `save_as_prompt_tuning`."
         )
-    config = model.peft_config[adapter_name]
     plain_config = config.to_prompt_tuning_config()
     prompt = get_prompt_tensor(model, adapter_name)
     with torch.random.fork_rng(devices=[]):  # PEFT draws a prompt, which is replaced on the next line
@@ -100,8 +99,7 @@ def save_as_prompt_tuning(
         FileExistsError: If `save_directory` exists and `overwrite` is False, or it is not an adapter's folder.
     """
     if isinstance(model_or_path, PeftModel):
-        adapter_name = find_adapter(model_or_path, adapter_name, ResidualPromptTuningConfig)
-        config = model_or_path.peft_config[adapter_name]
+        adapter_name, config = find_adapter(model_or_path, adapter_name, ResidualPromptTuningConfig)
         tensors = checkpoint.strip(get_peft_model_state_dict(model_or_path, adapter_name=adapter_name))
     else:
         saved = read_adapter(model_or_path, **hub_kwargs)
@@ -146,10 +144,10 @@ def save_prompt_tensor(
     save_path = atomic.resolve(save_path)
     if save_path.suffix not in _TENSOR_WRITERS:
         raise ValueError(f"`save_path`={str(save_path)!r} must end in one of {sorted(_TENSOR_WRITERS)}.")
+    rows: int | None
     if isinstance(model_or_path, PeftModel):
-        adapter_name = find_adapter(model_or_path, adapter_name, PromptTuningConfig)
-        prompt = get_prompt_tensor(model_or_path, adapter_name)
-        rows = model_or_path.peft_config[adapter_name].num_virtual_tokens
+        adapter_name, config = find_adapter(model_or_path, adapter_name, PromptTuningConfig)
+        prompt, rows = get_prompt_tensor(model_or_path, adapter_name), config.num_virtual_tokens
     else:
         prompt, rows = read_prompt(model_or_path, **hub_kwargs)
     prompt = prompt[:rows]  # PEFT keeps a second set of rows for a decoder, which never sees them

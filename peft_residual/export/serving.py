@@ -42,14 +42,14 @@ def embed_with_prompt(model: PeftModel, tokenizer: Any, text: str, *, adapter_na
     Raises:
         ValueError: If there is no such prompt, or the model is not a causal language model.
     """
-    adapter_name = find_adapter(model, adapter_name, PromptTuningConfig)
-    task_type = model.peft_config[adapter_name].task_type
-    if task_type != "CAUSAL_LM":
+    adapter_name, config = find_adapter(model, adapter_name, PromptTuningConfig)
+    if config.task_type != "CAUSAL_LM":
         raise ValueError(
-            f"Adapter {adapter_name!r} has task_type={str(task_type)!r}; engines take embeddings for causal language "
-            "models only (CAUSAL_LM). Use `save_as_vocabulary`."
+            f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; engines take embeddings for causal "
+            "language models only (CAUSAL_LM). Use `save_as_vocabulary`."
         )
-    embeddings = model.get_base_model().get_input_embeddings()
+    base_model: Any = model.get_base_model()
+    embeddings = base_model.get_input_embeddings()
     ids = torch.tensor(tokenizer(text).input_ids, dtype=torch.long, device=embeddings.weight.device)
     prompt = get_prompt_tensor(model, adapter_name)
     return torch.cat([prompt.to(embeddings.weight), embeddings(ids)]).cpu()

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
 
-def find_adapter(model: Any, adapter_name: str | None, config_class: type[PromptTuningConfig]) -> str:
-    """Return the name of an adapter, the active one for None, after checking its type.
+Config = TypeVar("Config", bound=PromptTuningConfig)
+
+
+def find_adapter(model: Any, adapter_name: str | None, config_class: type[Config]) -> tuple[str, Config]:
+    """Return the name and the config of an adapter, the active one for None, after checking its type.
 
     Raises:
         ValueError: If there is no such adapter, several are active, or its config is not a `config_class`.
@@ -34,7 +37,7 @@ def find_adapter(model: Any, adapter_name: str | None, config_class: type[Prompt
             f"Adapter {adapter_name!r} is configured by {type(config).__name__}, expected {config_class.__name__}. "
             "Name another adapter with `adapter_name`."
         )
-    return adapter_name
+    return adapter_name, config
 
 
 @contextmanager

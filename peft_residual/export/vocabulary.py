@@ -98,11 +98,11 @@ def save_as_vocabulary(
     from transformers.utils import CONFIG_NAME
 
     if adapter_names is None:
-        adapter_names = [find_adapter(model, None, PromptTuningConfig)]
+        adapter_names = [find_adapter(model, None, PromptTuningConfig)[0]]
     if not adapter_names:
         raise ValueError("`adapter_names` is empty. Name at least one adapter.")
     prompts = {name: _prompt(model, name) for name in adapter_names}
-    base_model = model.get_base_model()
+    base_model: Any = model.get_base_model()
     _check_base(base_model, tokenizer)
     new_tokenizer, token_ids = add_tokens(tokenizer, prompts, token_format)
     prefixes = find_prefixes(tokenizer, new_tokenizer, token_ids)
@@ -128,8 +128,7 @@ def save_as_vocabulary(
 
 
 def _prompt(model: PeftModel, adapter_name: str) -> Tensor:
-    find_adapter(model, adapter_name, PromptTuningConfig)
-    config = model.peft_config[adapter_name]
+    _, config = find_adapter(model, adapter_name, PromptTuningConfig)
     if config.task_type not in ("CAUSAL_LM", "SEQ_2_SEQ_LM"):
         raise ValueError(
             f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; new tokens are for models "

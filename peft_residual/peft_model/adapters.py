@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,6 +31,9 @@ class ResidualAdapters(PeftModel):
           merged by [`convert_to_prompt_tuning`], for the model card.
     """
 
+    # Attributes of PEFT's, which it does not annotate
+    base_model: Any
+    peft_config: dict[str, Any]
     prompt_encoder: Any
     word_embeddings: Any
     merged_from: dict[str, ResidualPromptTuningConfig]
@@ -104,7 +107,7 @@ class ResidualAdapters(PeftModel):
             if self._residual_config(name) is not None and name != self.active_adapter:
                 self.prompt_encoder[name].requires_grad_(False)
 
-    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         """Train or freeze the prompt and network of the given residual adapters."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         others = [name for name in names if self._residual_config(name) is None]

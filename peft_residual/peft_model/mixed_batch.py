@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
+
+from .adapters import ResidualAdapters
 
 
 NO_ADAPTER = "__base__"  # PEFT's name, in `adapter_names`, for a row without an adapter
@@ -40,7 +41,7 @@ class BatchPrompt:
         return torch.arange(length, device=self.embeds.device) < (length - self.lengths).unsqueeze(1)
 
 
-def mixed_prompt(model: PeftModel, batch_size: int, adapter_names: Sequence[str]) -> BatchPrompt:
+def mixed_prompt(model: ResidualAdapters, batch_size: int, adapter_names: Sequence[str]) -> BatchPrompt:
     """Each row's prompt by the name of its adapter: residual, merged and plain prompts of any lengths.
 
     Raises:
@@ -67,7 +68,7 @@ def mixed_prompt(model: PeftModel, batch_size: int, adapter_names: Sequence[str]
     return BatchPrompt(table[rows], row_lengths if len(set(lengths)) > 1 else None)
 
 
-def _prompt_by_name(model: PeftModel, name: str) -> Tensor:
+def _prompt_by_name(model: ResidualAdapters, name: str) -> Tensor:
     weight = model.word_embeddings.weight
     if name == NO_ADAPTER:
         return weight.new_zeros(0, weight.shape[1], dtype=torch.float32)
@@ -77,7 +78,7 @@ def _prompt_by_name(model: PeftModel, name: str) -> Tensor:
 
 
 @contextmanager
-def heads_per_row(model: PeftModel, adapter_names: Sequence[str] | None) -> Iterator[None]:
+def heads_per_row(model: ResidualAdapters, adapter_names: Sequence[str] | None) -> Iterator[None]:
     """Send each row through its own adapter's trained heads, or through the base model's heads if it has none."""
     handles = []
     if adapter_names is not None:

@@ -60,8 +60,8 @@ _HEADS = {
 def register() -> None:
     """Plug into PEFT, once: a second call, a reload or concurrent calls change nothing more."""
     with _LOCK:
-        PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = ResidualPromptTuningConfig
-        PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = ResidualPromptEncoder
+        PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = ResidualPromptTuningConfig  # type: ignore[index]
+        PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = ResidualPromptEncoder  # type: ignore[index, assignment]
         _wrap("add_adapter", _add_adapter)
         _wrap("load_adapter", _load_adapter)
         _wrap("from_pretrained", _from_pretrained)
@@ -85,9 +85,7 @@ def _wrap(name: str, wrapper: Any) -> None:
 # --- add ------------------------------------------------------------------------------------------------------------
 
 
-def _add_adapter(
-    original: Any, model: PeftModel, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any
-) -> None:
+def _add_adapter(original: Any, model: Any, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
     is_residual = isinstance(peft_config, ResidualPromptTuningConfig) and model.peft_type in _COMPATIBLE_TYPES
     if is_residual:
         _check_adapter_name(adapter_name, peft_config)
@@ -107,7 +105,7 @@ def _add_adapter(
         watch_learning_rate(model.prompt_encoder[adapter_name])
 
 
-def _adopt(model: PeftModel) -> None:
+def _adopt(model: Any) -> None:
     """Give the instance its residual class, as torch's `fully_shard` does; PEFT's classes are not changed."""
     if isinstance(model, ResidualAdapters):
         return
@@ -127,7 +125,7 @@ def _residual_class(model_class: type[PeftModel]) -> type[PeftModel]:
     )
 
 
-def _check_adapter_name(adapter_name: str, config: PeftConfig) -> None:
+def _check_adapter_name(adapter_name: str, config: Any) -> None:
     if not adapter_name or set(adapter_name) & set("./\\"):
         raise ValueError(
             f"`adapter_name`={adapter_name!r} can be neither the name of a module nor of the folder that the adapter "
@@ -140,7 +138,7 @@ def _check_adapter_name(adapter_name: str, config: PeftConfig) -> None:
         )
 
 
-def _trained_heads(config: PeftConfig) -> set[str]:
+def _trained_heads(config: Any) -> set[str]:
     return {*(config.modules_to_save or ()), *_HEADS.get(config.task_type, ())}
 
 
@@ -269,13 +267,15 @@ def _loading(model: torch.nn.Module, model_id: str | os.PathLike[str], keep_mode
         module.training = mode
 
 
-def _install(model: PeftModel, adapter_name: str, config: PeftConfig, encoder: ResidualPromptEncoder) -> None:
+def _install(
+    model: Any, adapter_name: str, config: ResidualPromptTuningConfig, encoder: ResidualPromptEncoder
+) -> None:
     _adopt(model)
     # PEFT keeps the config that it is given, as the model's own, unless another model already uses it.
     model.install_encoder(adapter_name, copy.deepcopy(config) if is_in_use(config) else config, encoder)
 
 
-def _make_trainable(model: PeftModel, adapter_name: str) -> None:
+def _make_trainable(model: Any, adapter_name: str) -> None:
     model.peft_config[adapter_name].inference_mode = False
     model.prompt_encoder[adapter_name].train(model.training)
     if adapter_name == model.active_adapter:

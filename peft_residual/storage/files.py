@@ -49,7 +49,12 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
             "or download the adapter again."
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError, HTTPError, RepositoryNotFoundError
+    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is imported there
+        EntryNotFoundError,
+        HFValidationError,
+        HTTPError,
+        RepositoryNotFoundError,
+    )
 
     try:
         path = Path(hf_hub_download(str(source), filename, **hub_kwargs))

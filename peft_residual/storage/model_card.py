@@ -133,7 +133,7 @@ def _update_metadata(data: Any, config: Values, tags: Iterable[str]) -> None:
 
 def _is_hub_id(name: Any) -> bool:
     from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     if not isinstance(name, str) or os.path.isdir(name):
         return False

@@ -47,7 +47,7 @@ class SavedAdapter:
         heads (`dict[str, torch.Tensor]`): The trained heads (`modules_to_save`).
     """
 
-    config: PromptTuningConfig
+    config: Any
     projected: Tensor
     state: dict[str, Tensor]
     heads: dict[str, Tensor]
@@ -83,7 +83,7 @@ def read_adapter(
 
 
 def read_residual_adapter(
-    source: str | os.PathLike[str], config: ResidualPromptTuningConfig | None = None, **hub_kwargs: Any
+    source: str | os.PathLike[str], config: PromptTuningConfig | None = None, **hub_kwargs: Any
 ) -> SavedAdapter | None:
     """[`read_adapter`] for a residual adapter; None for any other and for what cannot be read, which PEFT reports.
 
@@ -195,7 +195,7 @@ def check_tensors(config: PromptTuningConfig, tensors: Mapping[str, Tensor]) -> 
     return SavedAdapter(config, projected, state, heads)
 
 
-def _with_width(config: PromptTuningConfig, projected: Tensor) -> PromptTuningConfig:
+def _with_width(config: Any, projected: Tensor) -> Any:
     """The config with the prompt's width where it names none, as PEFT fills it in for a model."""
     if config.token_dim is None and projected.ndim:
         config = copy.copy(config)
