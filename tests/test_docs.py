@@ -1,4 +1,4 @@
-"""The pages of `docs/` are true: their code and both sides of their diffs run, their tables are the configs'."""
+"""The pages of `docs/`: their code and both sides of their diffs run, their tables of fields match the configs."""
 
 import ast
 import copy
@@ -28,6 +28,7 @@ from transformers import Trainer
 import peft_residual
 from peft_residual import ResidualPromptTuningConfig, get_prompt_tensor, register_reparameterization
 from peft_residual.cli import main
+from peft_residual.registry import INITIALIZATIONS, REPARAMETERIZATIONS
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,64 @@ def run_page(own_names, tmp_path, monkeypatch):
     return run
 
 
+def block_with(page, text):
+    """The only Python block of a page that contains a text."""
+    (code,) = [code for _, code in blocks(DOCS / page, "python") if text in code]
+    return code
+
+
 # --- pages ----------------------------------------------------------------------------------------------------------
+
+
+def test_configuration(run_page):
+    names = run_page("configuration.md", tokenizer=bytes_behind_a_start_token())
+    assert names["config"].prompt_tuning_init_token_ids == names["token_ids"] != []
+
+
+def test_the_table_of_fields_has_the_defaults_and_leaves_none_out():
+    config = ResidualPromptTuningConfig(task_type="SEQ_2_SEQ_LM")
+    text = (DOCS / "configuration.md").read_text().partition("## Networks")[0]
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([^|]+) \|", text, flags=re.MULTILINE)
+    seen = set()
+    for names, values in rows:
+        names = re.findall(r"`(\w+)`", names)
+        values = [value.strip("` ") for value in values.split(",")]
+        for name, value in zip(names, values * len(names) if len(values) == 1 else values, strict=True):
+            assert repr(getattr(config, name)) == value.replace('"', "'"), name
+            seen.add(name)
+    own = {f.name for f in fields(config)} - {f.name for f in fields(peft.PromptTuningConfig)}
+    assert own - seen == set(), "fields that the table leaves out"
+
+
+def test_every_built_in_name_is_in_a_table():
+    text = (DOCS / "configuration.md").read_text()
+    built_in = [
+        name
+        for registry in (REPARAMETERIZATIONS, INITIALIZATIONS)
+        for name in registry.names()
+        if registry[name].builder.__module__.startswith("peft_residual.")
+    ]
+    assert len(built_in) == 14
+    assert [name for name in built_in if not re.search(rf'^\| .*`"{name}"`.* \|', text, flags=re.MULTILINE)] == []
+
+
+def test_training(run_page, tmp_path):
+    scenario = SCENARIOS["gpt2"]
+    base = scenario.build()
+    model = get_peft_model(copy.deepcopy(base), make_config(task_type="CAUSAL_LM"))
+    model.save_pretrained("adapter")
+    factory = (peft_residual.ResidualOptimizerFactory, {"learning_rate": 0.3})
+    args = arguments(tmp_path / "out", max_steps=1, save_steps=1)
+    Trainer(model, args, train_dataset=Rows(scenario), optimizer_cls_and_kwargs=factory).train()
+    names = run_page(
+        "training.md",
+        model=model,
+        base=base,
+        tokenizer=bytes_behind_a_start_token(),
+        args=arguments(tmp_path / "out", max_steps=2),
+        rows=Rows(scenario),
+    )
+    assert names["trainer"].state.global_step == 2 and names["model"].prompt_encoder["default"].is_trainable
 
 
 def test_after_training(run_page, monkeypatch):
@@ -73,7 +131,8 @@ def test_after_training(run_page, monkeypatch):
     base.generation_config.eos_token_id = None
     config = make_config(task_type="CAUSAL_LM", num_virtual_tokens=10)
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    model.save_pretrained("other-adapter")
+    for folder in ("adapter", "other-adapter"):
+        model.save_pretrained(folder)
     batch = tokenizer(["the food was great"] * 3, return_tensors="pt")
     sent = []
     monkeypatch.setitem(sys.modules, "requests", types.SimpleNamespace(post=lambda url, json: sent.append(json)))
@@ -187,7 +246,7 @@ def test_extending(run_page, tmp_path, monkeypatch):
 
 
 def test_the_network_of_the_page_is_that_of_pefts_p_tuning(own_names):
-    exec(blocks(DOCS / "extending.md", "python")[0][1], {})
+    exec(block_with("extending.md", "def p_tuning_mlp"), {})
     settings = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4, "encoder_hidden_size": 8, "token_dim": 16}
     theirs = peft.PromptEncoder(peft.PromptEncoderConfig(**settings, num_transformer_submodules=1))
     ours = make_encoder(**settings, encoder_reparameterization_type="P_TUNING_MLP", encoder_residual=False)
@@ -214,7 +273,7 @@ def test_random_numbers_that_are_not_saved_are_refused_in_another_process(own_na
 
 
 def test_the_command_line_knows_a_network_whose_module_is_imported_for_it(own_names, tmp_path):
-    _, network = blocks(DOCS / "extending.md", "python")[0]
+    network = block_with("extending.md", "def p_tuning_mlp")
     (command,) = re.findall(r'^python -c "(.+)" check adapter$', (DOCS / "extending.md").read_text(), re.MULTILINE)
     (tmp_path / "my_networks.py").write_text(network)
     exec(network, {})
@@ -269,7 +328,7 @@ def test_files_that_are_named_exist(document):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_command_lines_are_right(page, capsys, tmp_path, monkeypatch):
-    """There is no such adapter here, so that they end with an error in words and not with the usage."""
+    """There is no such adapter here, so they end with an error message and not with the usage."""
     monkeypatch.chdir(tmp_path)
     for command in re.findall(r"(?:^|`)peft-residual (\w+ [^`\n]+)", page.read_text(), re.MULTILINE):
         assert main(shlex.split(command, comments=True)) == 1, command
