@@ -44,7 +44,7 @@ def own_names(monkeypatch):
 # --- models ---------------------------------------------------------------------------------------------------
 
 
-def _sharp(model, factor):
+def sharpen(model, factor):
     """Scale the random weights up, so that what a model computes depends visibly on its input."""
     embeddings = model.get_input_embeddings().weight
     with torch.no_grad():
@@ -60,7 +60,7 @@ def tiny_t5(**overrides):
 
     sizes = {"d_model": WIDTH, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_decoder_layers": 2, "num_heads": 2}
     values = {**BASE, **sizes, "decoder_start_token_id": PAD, **overrides}
-    return _sharp(T5ForConditionalGeneration(T5Config(**values)), 4.0)
+    return sharpen(T5ForConditionalGeneration(T5Config(**values)), 4.0)
 
 
 def tiny_gpt2(**overrides):
@@ -68,7 +68,7 @@ def tiny_gpt2(**overrides):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     values = {**BASE, "n_positions": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 2, "initializer_range": 0.08}
-    return _sharp(GPT2LMHeadModel(GPT2Config(**{**values, **overrides})), 4.0)
+    return sharpen(GPT2LMHeadModel(GPT2Config(**{**values, **overrides})), 4.0)
 
 
 def tiny_llama(**overrides):
@@ -84,7 +84,7 @@ def tiny_llama(**overrides):
         "max_position_embeddings": 64,
         "initializer_range": 0.08,
     }
-    return _sharp(LlamaForCausalLM(LlamaConfig(**{**BASE, **sizes, **overrides})), 4.0)
+    return sharpen(LlamaForCausalLM(LlamaConfig(**{**BASE, **sizes, **overrides})), 4.0)
 
 
 def tiny_bert(head="SequenceClassification", **overrides):
@@ -101,7 +101,43 @@ def tiny_bert(head="SequenceClassification", **overrides):
     }
     values = {**BASE, **sizes, **overrides}
     model_class = getattr(transformers, f"BertFor{head}" if head else "BertModel")
-    return _sharp(model_class(transformers.BertConfig(**values)), 4.0)
+    return sharpen(model_class(transformers.BertConfig(**values)), 4.0)
+
+
+def tiny_opt(**overrides):
+    """An OPT (decoder, learned positions that follow the mask) with random weights, in eval mode."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": WIDTH, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "init_std": 0.3}
+    return OPTForCausalLM(OPTConfig(**{**BASE, **sizes, **overrides}, word_embed_proj_dim=WIDTH)).eval()
+
+
+def tiny_bart(**overrides):
+    """A BART (encoder-decoder, learned positions) with every kind of dropout, in eval mode."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {"d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    dropout = {"attention_dropout": 0.1, "activation_dropout": 0.1, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3}
+    values = {**BASE, **sizes, **heads, **dropout, "decoder_start_token_id": EOS, **overrides}
+    return BartForConditionalGeneration(BartConfig(**values)).eval()
+
+
+def tiny(architecture, **overrides):
+    """A decoder of the Llama family: 2 layers, 4 heads that share 2 keys, in eval mode."""
+    import transformers
+
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+    }
+    config = getattr(transformers, f"{architecture}Config")(**{**BASE, **sizes, **overrides})
+    return getattr(transformers, f"{architecture.removesuffix('Text')}ForCausalLM")(config).eval()
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------

@@ -1,11 +1,14 @@
-"""What `test_distributed.py` runs in each of two processes: `torchrun distributed_worker.py STAGE FOLDER MODE...`.
+"""What `test_distributed.py` runs in two processes: `python distributed_worker.py FOLDER MODE...`.
 
-`FOLDER/settings.json` holds, for each mode, the environment that `accelerate launch` makes of its config file.
+Each stage runs in a new pair of processes. They are forked from one that has imported the libraries and nothing else:
+importing takes longer than all that is tested. `FOLDER/settings.json` holds, for each mode, the environment that
+`accelerate launch` makes of its config file.
 Adapters and reports to compare are left in `FOLDER/MODE`; nothing is compared here.
 """
 
 import json
 import os
+import socket
 import sys
 import time
 from datetime import timedelta
@@ -25,6 +28,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
+from torch.multiprocessing import start_processes
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, Trainer, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -317,14 +321,32 @@ STAGES = {
 }
 
 
-def main(stage, folder, *modes):
-    """Run one stage of some modes, the last of which may leave the processes out of step."""
-    folder = Path(folder)
+def run_stage(rank, stage, folder, modes, port):
+    """Run one stage of some modes in a process of two; the last mode may leave the processes out of step."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     settings = json.loads((folder / "settings.json").read_text())
     for mode in modes:
         print(f"{stage}: {mode}", flush=True)
         (folder / mode).mkdir(exist_ok=True)
         STAGES[stage](mode)(folder, mode, settings.get(mode, {}))
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]
+
+
+def main(folder, *modes):
+    """Run all stages of some modes, each in two new processes."""
+    if any(mode.startswith("zero") for mode in modes):
+        import deepspeed
+
+        # Gloo does without it, and compiling it takes a minute on a new machine.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for stage in STAGES:
+        start_processes(run_stage, (stage, Path(folder), modes, free_port()), nprocs=2, start_method="fork")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,23 @@ def outputs_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return next(v for k, v in outputs.items() if k != "loss")
 
 
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference of two tensors, relative to the largest number that is expected."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def make_batch(rows: int = 6, length: int = 7, padding_side: str = "right") -> dict[str, torch.Tensor]:
+    """Token ids and their mask; every second row has one to three tokens of padding."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 64, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    for row in range(1, rows, 2):
+        count = row % 3 + 1
+        pads = slice(length - count, None) if padding_side == "right" else slice(0, count)
+        ids[row, pads], mask[row, pads] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 def fresh(base: Any) -> Any:
     """An untouched copy of a base model."""
     return copy.deepcopy(base)

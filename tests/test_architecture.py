@@ -29,6 +29,7 @@ TREES = {
 AT_IMPORT = {"peft", "safetensors", "torch", *sys.stdlib_module_names}
 ALSO_AT_IMPORT = {"training/checks.py": {"transformers"}}  # its `trainer_callback`, which loads in 20 ms after PEFT
 TOUCHES_PEFT = {"peft_model/register.py"}
+TEST_MODULES = sorted(Path(__file__).parent.glob("test_*.py"))
 
 
 def imports(node):
@@ -266,3 +267,22 @@ def test_inputs_are_not_checked_with_assert():
     """`python -O` removes it."""
     found = [(name, n.lineno) for name, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.Assert)]
     assert found == []
+
+
+# --- tests ----------------------------------------------------------------------------------------------------------
+
+
+def imported_test_modules(source):
+    """The test modules that a file imports, also in code that it runs in another process."""
+    return re.findall(r"^\s*(?:from|import) (test_\w+)", source, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", TEST_MODULES, ids=lambda path: path.name)
+def test_no_test_module_imports_another(path):
+    """What several of them use is in helper modules."""
+    assert imported_test_modules(path.read_text()) == []
+
+
+@pytest.mark.parametrize("code", ("from test_x import y", "def f():\n    import test_x", "import test_x as x"))
+def test_an_import_of_a_test_module_is_found(code):
+    assert imported_test_modules(f'CODE = """\n{code}\n"""') == imported_test_modules(code) == ["test_x"]

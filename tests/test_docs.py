@@ -20,9 +20,9 @@ from conftest import make_config, make_encoder, tiny_bert, tiny_gpt2, tiny_llama
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, outputs_of
-from test_trainer import Rows, arguments
-from test_vocabulary import bytes_behind_a_start_token
+from text_tokenizers import bytes_behind_a_start_token
 from torch.distributed.fsdp import fully_shard
+from trainers import Rows, arguments
 from transformers import Trainer
 
 import peft_residual

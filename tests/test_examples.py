@@ -17,7 +17,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_text_to_text import lines_of_code
+from source import lines_of_code
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from peft_residual import get_prompt_tensor

@@ -206,7 +206,7 @@ def test_what_a_user_wrote_into_the_card_on_the_hub_outlives_the_next_push(clien
 
 def test_the_trainer_pushes_every_save_and_a_card_with_its_results(client, hub, tmp_path):
     client(f"""
-        from test_trainer import STEPS, make_trainer
+        from trainers import STEPS, make_trainer
         settings = dict(push_to_hub=True, hub_model_id="someone/trained", hub_strategy="every_save")
         trainer = make_trainer(
             {str(tmp_path / "out")!r}, eval_strategy="steps", eval_steps=STEPS, hub_always_push=True, **settings

@@ -7,7 +7,7 @@ import torch
 from conftest import make_config, tiny_llama, tiny_t5
 from peft import PeftModel, get_peft_model
 from scenarios import SCENARIOS, outputs_of
-from test_trainer import Rows, arguments
+from trainers import Rows, arguments
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, BitsAndBytesConfig, QuantoConfig, Trainer
 
 from peft_residual import disable_base_dropout, get_prompt_tensor, save_as_prompt_tuning

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from conftest import BASE, WIDTH, make_config, tiny_gpt2, tiny_llama, tiny_t5
+from conftest import make_config, tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from scenarios import SCENARIOS, fresh, train
+from scenarios import SCENARIOS, fresh, relative_difference, train
 from transformers import LlamaForCausalLM
 
 from peft_residual import save_as_prefix_tuning
@@ -16,30 +16,6 @@ from peft_residual import save_as_prefix_tuning
 
 P = 4
 LLAMA = SCENARIOS["llama"]
-
-
-def tiny(architecture, **overrides):
-    """A decoder of the Llama family: 2 layers, 4 heads that share 2 keys, in eval mode."""
-    import transformers
-
-    sizes = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "initializer_range": 0.3,
-    }
-    config = getattr(transformers, f"{architecture}Config")(**{**BASE, **sizes, **overrides})
-    return getattr(transformers, f"{architecture.removesuffix('Text')}ForCausalLM")(config).eval()
-
-
-def tiny_opt(**overrides):
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {"hidden_size": WIDTH, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "init_std": 0.3}
-    return OPTForCausalLM(OPTConfig(**{**BASE, **sizes, **overrides}, word_embed_proj_dim=WIDTH)).eval()
 
 
 BASES = {
@@ -111,10 +87,6 @@ assert not any(name.startswith("peft_residual") for name in sys.modules)
 """
 
 
-def relative(found, expected):
-    return ((found - expected).abs().max() / expected.abs().max()).item()
-
-
 @pytest.mark.filterwarnings("ignore:.*attends within a window")
 def test_stock_peft_gives_logits_and_generations_of_the_live_model_without_this_package(tmp_path):
     expected = {}
@@ -133,7 +105,7 @@ def test_stock_peft_gives_logits_and_generations_of_the_live_model_without_this_
         masks = [torch.ones(1, 3).bool(), torch.ones(1, 9).bool(), padded_batch()["attention_mask"].bool()]
         assert len(stock) == len(live) == (3 if name in BASES else 2)
         for (logits, generated), (live_logits, live_generated), mask in zip(stock, live, masks):
-            assert relative(logits[mask], live_logits[mask]) <= 1e-5, name
+            assert relative_difference(logits[mask], live_logits[mask]) <= 1e-5, name
             assert torch.equal(generated, live_generated), name
 
 
@@ -172,7 +144,7 @@ def test_half_precision_is_kept(tmp_path):
     stock = PeftModel.from_pretrained(base, tmp_path / "prefix").eval()
     with torch.no_grad():
         found, live = stock(input_ids=rows()[1]).logits, model(input_ids=rows()[1]).logits[:, P:]
-    assert relative(found, live) <= 0.03
+    assert relative_difference(found, live) <= 0.03
 
 
 def test_a_plain_prompt_and_another_adapter_than_the_first_are_exported_too(tmp_path):
@@ -184,7 +156,7 @@ def test_a_plain_prompt_and_another_adapter_than_the_first_are_exported_too(tmp_
     stock = PeftModel.from_pretrained(base, tmp_path / "prefix").eval()
     with torch.no_grad():
         found, live = stock(input_ids=rows()[1]).logits, model(input_ids=rows()[1]).logits[:, 6:]
-    assert relative(found, live) <= 1e-5
+    assert relative_difference(found, live) <= 1e-5
 
 
 def test_a_head_that_was_trained_along_is_taken_over(tmp_path):
@@ -194,7 +166,7 @@ def test_a_head_that_was_trained_along_is_taken_over(tmp_path):
     stock = PeftModel.from_pretrained(base, tmp_path / "prefix").eval()
     with torch.no_grad():
         found, live = stock(input_ids=rows()[1]).logits, model(input_ids=rows()[1]).logits[:, P:]
-    assert relative(found, live) <= 1e-5
+    assert relative_difference(found, live) <= 1e-5
 
 
 def test_a_window_is_named_with_what_it_means_for_padding(tmp_path):

@@ -4,11 +4,9 @@ import copy
 
 import pytest
 import torch
-from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama
+from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
 from peft import get_peft_model
-from scenarios import SCENARIOS, Scenario, train
-from test_left_padding import tiny_opt
-from test_mixed_batches import make_batch
+from scenarios import SCENARIOS, Scenario, make_batch, train
 from transformers import BertLMHeadModel
 
 from peft_residual import convert_to_prompt_tuning

@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import tiny_llama
 from peft import PeftConfig, get_peft_model
-from test_text_to_text import lines_of_code
+from source import lines_of_code
 from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser, get_cosine_schedule_with_warmup
 
 from peft_residual import ResidualPromptTuningConfig

@@ -6,10 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import make_config, tiny_t5
+from conftest import make_config, tiny, tiny_t5
 from peft import get_peft_model
 from scenarios import SCENARIOS, outputs_of
-from test_prefix_tuning import tiny
 
 from peft_residual.export import embed_with_prompt, sglang_request, vllm_request
 

@@ -1,18 +1,16 @@
 """The T5 example: every task from rows in the Hub's schema to scores, its splits, metrics and bad data."""
 
-import ast
 import dataclasses
-import io
 import json
 import logging
 import sys
-import tokenize
 from pathlib import Path
 from random import Random
 
 import pytest
 from datasets import Dataset
 from hub_rows import CASES, RECORD, SIMILARITY_TEXTS, hub_splits
+from source import lines_of_code
 from transformers import AutoTokenizer
 
 
@@ -361,20 +359,6 @@ def test_an_empty_folder_and_a_similarity_out_of_range_are_refused(tmp_path):
 
 
 # --- size -----------------------------------------------------------------------------------------------------------
-
-
-def lines_of_code(path):
-    """Lines that are neither blank nor comment nor docstring."""
-    source = path.read_text()
-    lines = set()
-    skipped = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type not in skipped:
-            lines.update(range(token.start[0], token.end[0] + 1))
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    return len(lines)
 
 
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "text_to_text").glob("*.py")), ids=lambda path: path.name)

@@ -5,71 +5,18 @@ import sys
 
 import pytest
 import torch
-from conftest import make_config
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh, outputs_of
-from transformers import Trainer, TrainerCallback, TrainingArguments
-
-
-STEPS = 4  # saved halfway: 2 * STEPS in all
-
-
-class Rows(torch.utils.data.Dataset):
-    """Rows of random tokens, with the labels of a scenario."""
-
-    def __init__(self, scenario, count=16):
-        generator = torch.Generator().manual_seed(5)
-        ids = torch.randint(3, 64, (count, 7), generator=generator)
-        columns = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **scenario.labels(ids)}
-        if "start_positions" in columns:
-            columns |= {"start_positions": ids[:, 0] % 7, "end_positions": ids[:, 1] % 7}
-        self.rows = [{name: column[i] for name, column in columns.items()} for i in range(count)]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index]
-
-
-def arguments(folder, **overrides):
-    values = {
-        "output_dir": str(folder),
-        "max_steps": 2 * STEPS,
-        "save_steps": STEPS,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.1,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 2,
-        "weight_decay": 0.01,
-        "logging_steps": 1,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 11,
-    }
-    return TrainingArguments(**{**values, **overrides})
-
-
-def make_trainer(folder, name="t5", callbacks=None, config=None, **overrides):
-    torch.manual_seed(0)
-    scenario = SCENARIOS[name]
-    settings = {"prompt_tuning_init_seed": 1, **(config or {})}
-    if settings.get("encoder_reparameterization_type") != "SUPERPOS":  # which has no dropout
-        settings.setdefault("encoder_dropout", 0.3)
-    model = get_peft_model(scenario.build(), make_config(task_type=scenario.task_type, **settings))
-    rows = Rows(scenario)
-    return Trainer(
-        model, arguments(folder, **overrides), train_dataset=rows, eval_dataset=rows, callbacks=callbacks or []
-    )
+from trainers import STEPS, make_trainer
+from transformers import TrainerCallback
 
 
 RESUME_PROCESS = """
 import sys
 sys.path.insert(0, "tests")
 from conftest import torch
-from test_trainer import make_trainer
+from trainers import make_trainer
 trainer = make_trainer(sys.argv[1], name=sys.argv[2], config={"encoder_reparameterization_type": sys.argv[3]})
 trainer.train(resume_from_checkpoint=True)
 """

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import string
 import subprocess
 import sys
 from collections import namedtuple
@@ -12,65 +11,24 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from conftest import make_config, tiny, tiny_bart, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
 from peft import PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
-from test_prefix_tuning import relative, tiny, tiny_opt
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from scenarios import relative_difference
+from text_tokenizers import (
+    bytes_behind_a_start_token,
+    bytes_tokenizer,
+    characters,
+    characters_behind_a_space,
+    pieces_with_an_end_token,
+)
 
 from peft_residual import save_as_vocabulary
 
 
 P = 4
 TEXT = "hello world 1"
-BYTES = sorted(pre_tokenizers.ByteLevel.alphabet())
-CHARACTERS = ["▁", *string.ascii_letters, *string.digits, *string.punctuation]
 DiskUsage = namedtuple("DiskUsage", "total used free")
-
-
-# --- tokenizers that differ in what they do at the start of a text --------------------------------------------------
-
-
-# Sizes are multiples of 8: kernels take a last, narrower block of columns apart, to other last bits.
-def with_ids(words, size):
-    """A vocabulary of the words in order, filled up with others."""
-    return {word: i for i, word in enumerate([*words, *(f"<unused{i}>" for i in range(size - len(words)))])}
-
-
-def bytes_tokenizer(tokenizer_class="GPT2Tokenizer", **settings):
-    """GPT-2 (OPT with `add_bos_token`), Qwen: 264 ids."""
-    ids = with_ids(["<|endoftext|>", *BYTES, "he"], 264)
-    return getattr(transformers, tokenizer_class)(vocab=ids, merges=[("h", "e")], **settings)
-
-
-def bytes_behind_a_start_token():
-    """Llama 3: a special token starts each text. 264 ids."""
-    backend = Tokenizer(models.BPE(with_ids(["<s>", *BYTES], 264), []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    template = processors.TemplateProcessing(
-        single="<s>:0 $A:0", pair="<s>:0 $A:0 <s>:1 $B:1", special_tokens=[("<s>", 0)]
-    )
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
-
-
-def characters_behind_a_space():
-    """Llama 2: gives the first word of a text a space, and a word behind a special token none. 104 ids."""
-    ids = with_ids(["<unk>", "<s>", "</s>", *CHARACTERS, "he"], 104)
-    return transformers.LlamaTokenizer(vocab=ids, merges=[("h", "e")])
-
-
-def characters():
-    """Gemma: 104 ids, one of which the class adds."""
-    ids = with_ids(["<pad>", "<eos>", "<bos>", "<unk>", *CHARACTERS, "he"], 103)
-    return transformers.GemmaTokenizer(vocab=ids, merges=[("h", "e")])
-
-
-def pieces_with_an_end_token():
-    """T5: gives each word a space, ends each text with a special token. 104 ids."""
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    return transformers.T5Tokenizer(vocab=[*special, *((c, -3.0) for c in CHARACTERS)], extra_ids=6)
 
 
 # --- every kind of model and tokenizer ------------------------------------------------------------------------------
@@ -157,7 +115,7 @@ def test_logits_and_generations_are_those_of_the_live_model_in_a_process_without
         assert found_ids[0].tolist() == new_ids + ids[0].tolist(), name
         found, live = logits[..., : len(tokenizer)], live_logits[..., : len(tokenizer)]
         if "scaled" in name:
-            assert relative(found, live) <= 1e-6, name
+            assert relative_difference(found, live) <= 1e-6, name
         else:
             assert torch.equal(found, live), name
         if len(live_generated) and live_generated.shape != generated.shape:
@@ -265,17 +223,13 @@ class ReadsIds(transformers.GPT2LMHeadModel):
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
-def tiny_bart():
-    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
-    return transformers.BartForConditionalGeneration(
-        transformers.BartConfig(vocab_size=264, decoder_attention_heads=2, decoder_start_token_id=2, **sizes)
-    )
-
-
 def test_architectures_that_cannot_be_right_are_refused_by_name(tmp_path):
     tokenizer = bytes_tokenizer()
     cases = [
-        (prompted(tiny_bart()), "BartForConditionalGeneration cannot have new tokens: its `final_logits_bias`"),
+        (
+            prompted(tiny_bart(vocab_size=264)),
+            "BartForConditionalGeneration cannot have new tokens: its `final_logits_bias`",
+        ),
         (prompted(ReadsIds(tiny_gpt2(vocab_size=264).config)), "ReadsIds.*computes other logits"),
         (prompted(tiny_bert("TokenClassification"), "TOKEN_CLS"), "task_type='TOKEN_CLS'"),
     ]

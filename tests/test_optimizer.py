@@ -1,10 +1,11 @@
-"""An optimizer with a rate for each part, a frozen model without dropout, and losses that accumulate rightly."""
+"""An optimizer with a learning rate for each part, and gradients that accumulate as in one big batch."""
 
 import pytest
 import torch
-from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
+from conftest import make_config, tiny_bart, tiny_t5
 from peft import PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS
+from trainers import Rows, arguments
 from transformers import Adafactor, Trainer
 
 from peft_residual import ResidualOptimizerFactory, create_residual_optimizer, disable_base_dropout
@@ -66,8 +67,6 @@ def test_rates_and_decays_reach_their_groups():
     [(torch.optim.AdamW, {}), (Adafactor, {"relative_step": False, "scale_parameter": False})],
 )
 def test_trainer_takes_the_factory_and_schedules_each_group(optimizer_cls, kwargs, tmp_path):
-    from test_trainer import Rows, arguments
-
     settings = {"optimizer_cls": optimizer_cls, "learning_rate": 0.2, "encoder_learning_rate": 0.01, **kwargs}
     trainer = Trainer(
         get_peft_model(tiny_t5(), make_config()),
@@ -97,80 +96,12 @@ def test_a_model_without_a_trainable_residual_adapter_is_refused():
         create_residual_optimizer(plain)
 
 
-# --- dropout of the frozen model ------------------------------------------------------------------------------------
-
-
-def tiny_opt():
-    from test_left_padding import tiny_opt
-
-    return tiny_opt()
-
-
-def tiny_bart():
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    sizes = {"d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
-    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
-    noise = {"attention_dropout": 0.1, "activation_dropout": 0.1, "encoder_layerdrop": 0.3, "decoder_layerdrop": 0.3}
-    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
-    return BartForConditionalGeneration(BartConfig(vocab_size=64, **sizes, **heads, **noise, **ids))
-
-
-BASES = {
-    "t5": ("SEQ_2_SEQ_LM", tiny_t5),
-    "bart": ("SEQ_2_SEQ_LM", tiny_bart),
-    "gpt2": ("CAUSAL_LM", tiny_gpt2),
-    "llama": ("CAUSAL_LM", lambda: tiny_llama(attention_dropout=0.2)),
-    "opt": ("CAUSAL_LM", tiny_opt),
-    "bert": ("SEQ_CLS", lambda: tiny_bert("SequenceClassification")),
-}
-
-
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("name", BASES)
-def test_two_passes_in_train_mode_are_identical_without_dropout_of_the_frozen_model(name, checkpointing):
-    task_type, build = BASES[name]
-    model = get_peft_model(build(), make_config(task_type=task_type)).train()
-    if checkpointing:
-        model.base_model.gradient_checkpointing_enable()
-    ids = torch.randint(3, 64, (2, 9))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if task_type == "SEQ_2_SEQ_LM":
-        batch["labels"] = ids[:, :4].contiguous()
-    dropping = [m for m in model.base_model.modules() if isinstance(m, torch.nn.Dropout) and m.p > 0]
-    assert not torch.equal(model(**batch).logits, model(**batch).logits), "dropout is on"
-    with disable_base_dropout(model):
-        assert model.training and model.base_model.training
-        assert torch.equal(model(**batch).logits, model(**batch).logits)
-    assert not torch.equal(model(**batch).logits, model(**batch).logits), "and on again"
-    assert all(module.p > 0 for module in dropping)
-
-
-def test_only_dropout_is_switched_off():
-    """A module may have a number named `p` that is no probability."""
-    model = get_peft_model(tiny_t5(), make_config())
-    model.base_model.distance = torch.nn.PairwiseDistance(p=2.0)
-    disable_base_dropout(model)
-    assert model.base_model.distance.norm == 2.0
-    model.base_model.distance.p = 2.0
-    disable_base_dropout(model)
-    assert model.base_model.distance.p == 2.0
-
-
-def test_dropout_of_the_adapter_stays():
-    model = get_peft_model(tiny_t5(), make_config(encoder_dropout=0.5)).train()
-    disable_base_dropout(model)
-    assert not torch.equal(model.prompt_encoder["default"](), model.prompt_encoder["default"]())
-
-
 # --- loss scale -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-def test_accumulated_gradients_are_those_of_one_big_batch(name, tmp_path):
+@pytest.mark.parametrize("build", [tiny_t5, tiny_bart])
+def test_accumulated_gradients_are_those_of_one_big_batch(build, tmp_path):
     """Rows of different label lengths: a mean of means would not do."""
-    from test_trainer import arguments
-
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in (1, 5, 2, 7, 3, 1, 6, 4):
@@ -182,7 +113,7 @@ def test_accumulated_gradients_are_those_of_one_big_batch(name, tmp_path):
     gradients = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         torch.manual_seed(0)
-        model = get_peft_model(BASES[name][1](), make_config(prompt_tuning_init_seed=0))
+        model = get_peft_model(build(), make_config(prompt_tuning_init_seed=0))
         disable_base_dropout(model)
         settings = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
         settings |= {"max_steps": 1, "save_strategy": "no", "max_grad_norm": 0.0}

@@ -27,7 +27,7 @@ import torch, transformers
 transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
 from conftest import make_config, tiny_llama
 from peft import get_peft_model
-from test_vocabulary import characters_behind_a_space
+from text_tokenizers import characters_behind_a_space
 from peft_residual import *
 from peft_residual.export import save_prompt_tensor
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import _sharp, make_config, tiny_gpt2, tiny_t5
+from conftest import make_config, sharpen, tiny_bart, tiny_gpt2, tiny_t5
 from peft import PromptTuningConfig, get_peft_model
-from scenarios import SCENARIOS, Scenario, train
+from scenarios import SCENARIOS, Scenario, make_batch, train
 
 from peft_residual import convert_to_prompt_tuning
 
@@ -12,16 +12,15 @@ from peft_residual import convert_to_prompt_tuning
 SCENARIOS = {
     **SCENARIOS,
     "gpt2-sequence": Scenario("SEQ_CLS", lambda: tiny_gpt2_classifier(), lambda ids: {"labels": ids[:, 0] % 3}),
-    "bart": Scenario("SEQ_2_SEQ_LM", lambda: tiny_bart(), SCENARIOS["t5"].labels),
+    "bart": Scenario("SEQ_2_SEQ_LM", lambda: steady_bart(), SCENARIOS["t5"].labels),
 }
 NAMES = ["first", "__base__", "plain", "second", "merged", "first"]
 
 
-def tiny_bart():
-    from test_optimization import tiny_bart
-
-    base = _sharp(tiny_bart(), 8.0)
-    base.model.encoder.layerdrop = base.model.decoder.layerdrop = 0.0  # which may cut the prompt off
+def steady_bart():
+    """BART without the dropout of layers, which may leave out the one that reads the prompt."""
+    base = sharpen(tiny_bart(), 8.0)
+    base.model.encoder.layerdrop = base.model.decoder.layerdrop = 0.0
     return base
 
 
@@ -49,17 +48,6 @@ def make_model(name):
             train(model, scenario, steps=2)
     model.set_adapter("first")
     return model.eval()
-
-
-def make_batch(rows=6, length=7, padding_side="right"):
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(3, 64, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(1, rows, 2):
-        count = row % 3 + 1
-        pads = slice(length - count, None) if padding_side == "right" else slice(0, count)
-        ids[row, pads], mask[row, pads] = 0, 0
-    return {"input_ids": ids, "attention_mask": mask}
 
 
 def alone(model, adapter, batch, row, run):

@@ -8,7 +8,7 @@ import torch
 from conftest import WIDTH, make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from peft import PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS
-from test_trainer import Rows, arguments
+from trainers import Rows, arguments
 from transformers import Trainer
 
 from peft_residual import (

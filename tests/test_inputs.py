@@ -2,21 +2,13 @@
 
 import pytest
 import torch
-from conftest import make_config, tiny_gpt2, tiny_llama
+from conftest import make_config, tiny_gpt2, tiny_llama, tiny_opt
 from peft import PromptTuningConfig, get_peft_model
-from scenarios import SCENARIOS
+from scenarios import SCENARIOS, relative_difference
 
 
 P = 4
 LENGTHS = (3, 9, 6)
-
-
-def tiny_opt():
-    from transformers import OPTConfig, OPTForCausalLM
-
-    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = OPTConfig(vocab_size=64, word_embed_proj_dim=16, init_std=0.3, pad_token_id=0, eos_token_id=1, **sizes)
-    return OPTForCausalLM(config).eval()
 
 
 BASES = {"llama": tiny_llama, "gpt2": tiny_gpt2, "opt": tiny_opt}
@@ -40,16 +32,12 @@ def padded_batch():
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def relative(left, right):
-    return ((left - right).abs().max() / right.abs().max()).item()
-
-
 @torch.no_grad()
 def test_logits_are_those_of_the_row_alone(model):
     logits = model(**padded_batch()).logits
     for i, row in enumerate(rows()):
         alone = model(input_ids=row, attention_mask=torch.ones_like(row)).logits
-        assert relative(logits[i, -row.shape[1] :], alone[0, P:]) <= 1e-5
+        assert relative_difference(logits[i, -row.shape[1] :], alone[0, P:]) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -76,7 +64,7 @@ def test_loss_and_gradient_do_not_depend_on_padding(model):
         model.zero_grad()
         model(input_ids=ids, attention_mask=mask, labels=labels).loss.backward()
         gradients.append(model.prompt_encoder["default"].embedding.weight.grad.clone())
-    assert relative(gradients[1], gradients[0]) <= 1e-4
+    assert relative_difference(gradients[1], gradients[0]) <= 1e-4
 
 
 @torch.no_grad()
@@ -100,5 +88,5 @@ def test_positions_given_by_the_user_are_moved_behind_the_prompt():
         logits = model(**batch, position_ids=positions).logits[:, P:]
         moved = model(**batch, position_ids=positions * 2).logits[:, P:]
     attended = batch["attention_mask"].bool()
-    assert relative(logits[attended], expected[attended]) <= 1e-6
-    assert relative(moved[attended], expected[attended]) > 1e-2
+    assert relative_difference(logits[attended], expected[attended]) <= 1e-6
+    assert relative_difference(moved[attended], expected[attended]) > 1e-2
