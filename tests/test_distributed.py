@@ -230,8 +230,8 @@ def test_an_encoder_wrapped_apart_trains_the_same(launched):
     [
         ("fully_shard", "save alone", r"RuntimeError: .*2 processes.*not all came within 2 seconds.*every process"),
         ("zero3", "save alone", r"RuntimeError: .*2 processes.*not all came within 2 seconds.*every process"),
-        ("fully_shard", "convert", "ValueError: .*'default' are spread over processes.*save_as_prompt_tuning"),
-        ("zero3", "convert", "ValueError: .*'default' are spread over processes.*save_as_prompt_tuning"),
+        ("fully_shard", "convert", "ValueError: .*'default' are sharded.*save_as_prompt_tuning"),
+        ("zero3", "convert", "ValueError: .*'default' are sharded.*save_as_prompt_tuning"),
         ("zero3", "merge", "ValueError: .*is sharded.*save_pretrained.*every process"),
         ("zero3", "load", r"ValueError: .*Adapter 'default' is sharded.*Load it before `deepspeed.initialize`"),
     ],
