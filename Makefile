@@ -14,10 +14,10 @@ help:
 	@echo "make test      run all tests"
 	@echo "make quality   ruff, import-linter and mypy"
 	@echo "make format    let ruff rewrite what it can"
-	@echo "make learning  compare methods anew, write docs/learning.md and the README's table (an hour on 2 CPU cores)"
-	@echo "make report    write them anew from docs/learning.json"
-	@echo "make cost      measure times and memory anew, write docs/cost.md (half an hour on an idle CPU)"
-	@echo "make embedded  pretrain the embedded model anew into build/embedded (15 minutes)"
+	@echo "make learning  compare methods, write docs/learning.md and the README's table (an hour on 2 CPU cores)"
+	@echo "make report    write docs/learning.md and the table from docs/learning.json"
+	@echo "make cost      measure times and memory, write docs/cost.md (half an hour on an idle CPU)"
+	@echo "make embedded  pretrain the embedded model into build/embedded (15 minutes)"
 
 install: $(INSTALLED)
 

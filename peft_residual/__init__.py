@@ -10,7 +10,6 @@ from .peft_model.compat import check_peft
 
 check_peft()
 
-from . import analysis, export, training  # noqa: E402
 from .analysis import inspect_prompt  # noqa: E402
 from .config import ResidualPromptTuningConfig  # noqa: E402
 from .encoder import ResidualPromptEncoder  # noqa: E402
@@ -40,12 +39,10 @@ __all__ = [
     "ResidualPromptEncoder",
     "ResidualPromptTuningConfig",
     "TrainingSetupCallback",
-    "analysis",
     "check_training_setup",
     "convert_to_prompt_tuning",
     "create_residual_optimizer",
     "disable_base_dropout",
-    "export",
     "get_prompt_tensor",
     "inspect_prompt",
     "register_initialization",
@@ -53,7 +50,6 @@ __all__ = [
     "save_as_prefix_tuning",
     "save_as_prompt_tuning",
     "save_as_vocabulary",
-    "training",
 ]
 
 register()

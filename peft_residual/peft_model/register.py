@@ -158,6 +158,9 @@ def _from_pretrained(
 ) -> PeftModel:
     saved = None
     if config is None or isinstance(config, ResidualPromptTuningConfig):
+        # As in PEFT, the given config becomes the model's own; but not if it already is another model's.
+        if config is not None and is_in_use(config):
+            config = copy.deepcopy(config)
         saved = read_residual_adapter(model_id, config, **_hub_kwargs(kwargs))
     if saved is None:
         return original(cls, model, model_id, adapter_name, is_trainable, config, *args, **kwargs)
@@ -165,7 +168,8 @@ def _from_pretrained(
         plain = _check_before_loading(model, "base_model.", adapter_name, saved, kwargs)
         encoder = saved.build_encoder()
         peft_model = original(cls, model, model_id, adapter_name, False, plain, *args, **kwargs)
-        _install(peft_model, adapter_name, saved.config, encoder)
+        _adopt(peft_model)
+        peft_model.install_encoder(adapter_name, saved.config, encoder)
     if is_trainable:
         peft_model.training = True
         peft_model.prompt_encoder.train()
@@ -198,7 +202,8 @@ def _load_adapter(
         try:
             model.add_adapter(adapter_name, plain)
             result = original(model, model_id, adapter_name, False, *args, **kwargs)
-            _install(model, adapter_name, saved.config, encoder)
+            _adopt(model)
+            model.install_encoder(adapter_name, saved.config, encoder)
         except Exception:
             if adapter_name in model.peft_config:
                 model.delete_adapter(adapter_name)  # it would run with a random prompt
@@ -265,14 +270,6 @@ def _loading(model: torch.nn.Module, model_id: str | os.PathLike[str], keep_mode
             parameter.requires_grad_(True)
     for module, mode in modes:
         module.training = mode
-
-
-def _install(
-    model: Any, adapter_name: str, config: ResidualPromptTuningConfig, encoder: ResidualPromptEncoder
-) -> None:
-    _adopt(model)
-    # PEFT keeps the config that it is given, as the model's own, unless another model already uses it.
-    model.install_encoder(adapter_name, copy.deepcopy(config) if is_in_use(config) else config, encoder)
 
 
 def _make_trainable(model: Any, adapter_name: str) -> None:
