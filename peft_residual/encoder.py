@@ -28,9 +28,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
     """Soft prompt trained through a network: `E' = E + φ(E)` (Razdaibiedina et al., 2023, section 3).
 
     It is `model.prompt_encoder[adapter_name]`. `P` is the number of virtual tokens, `H` the width of the embeddings.
-
-    While it has trainable parameters, every call computes the projected prompt. When frozen, it computes the projected
-    prompt once, without dropout, and returns that: inference costs the same as with plain prompt tuning.
+    While trainable, it computes the projected prompt at every call. When frozen, it computes it once, without dropout:
+    inference costs the same as with plain prompt tuning.
 
     Args:
         config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
@@ -169,10 +168,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module:
-        """The network without weights, and without the hooks of trainers.
-
-        `cached_property` keeps it out of the submodules.
-        """
+        """The network without weights and hooks of trainers. `cached_property` keeps it out of the submodules."""
         return build_network_to_load(self.config, 0).to("meta")
 
     def frozen_projection(self) -> Tensor:
@@ -191,7 +187,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         self._projected_key = self._key()
 
     def _key(self) -> tuple[tuple[int, int, int], ...]:
-        # Identity and torch's count of in-place writes of each tensor: a later `load_state_dict` is noticed.
+        # Identity and torch's count of in-place writes of each tensor
         tensors = [*self.parameters(), *self.network.buffers()]
         return tuple((id(t), t.data_ptr(), -1 if t.is_inference() else t._version) for t in tensors)
 

@@ -51,16 +51,9 @@ def initialize_prompt(
     generator: torch.Generator,
     special_ids: Collection[int] = (),
 ) -> Tensor:
-    """Initialize the prompt embedding as `config.prompt_tuning_init` says.
+    """Initialize the prompt embedding `[P, H]`, float32, as `config.prompt_tuning_init` says.
 
-    Args:
-        config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
-        word_embeddings (`torch.nn.Module`): The base model's embedding module; not modified.
-        generator (`torch.Generator`): Source of randomness.
-        special_ids (`Collection[int]`): Special token ids of the base model, never sampled.
-
-    Returns:
-        `torch.Tensor`: `[P, H]`, float32, on the CPU, detached.
+    `special_ids` are the special token ids of the base model, which are never sampled.
 
     Raises:
         ValueError: If the prompt cannot be made, or has another shape.
@@ -94,7 +87,7 @@ def most_common_token_ids(texts: Iterable[str], tokenizer: Any, limit: int = 500
         `list[int]`: Distinct ids without special tokens, the most common first; ties by id.
 
     Raises:
-        ValueError: If the texts hold no ordinary token, or `limit` is below 1.
+        ValueError: If the texts contain no ordinary token, or `limit` is below 1.
     """
     if limit < 1:
         raise ValueError(f"`limit` must be an integer of at least 1, got {limit!r}.")
@@ -202,8 +195,8 @@ def sample_vocabulary(
     exclude_ids: Collection[int],
 ) -> Tensor:
     """Distinct rows of the whole table."""
-    candidates = range(num_rows(word_embeddings))
-    return _sample(config, word_embeddings, generator, config.num_initial_rows, candidates, exclude_ids)
+    options = {"candidates": range(num_rows(word_embeddings)), "exclude_ids": exclude_ids, "generator": generator}
+    return _sample(config, word_embeddings, config.num_initial_rows, **options)
 
 
 @register_initialization("COMMON_VOCAB", samples_vocabulary=True)
@@ -214,8 +207,8 @@ def sample_common_vocabulary(
     exclude_ids: Collection[int],
 ) -> Tensor:
     """Distinct rows among the most common ones (Lester et al., 2021, section 3.2: among 5,000)."""
-    candidates = _common_ids(config, word_embeddings)
-    return _sample(config, word_embeddings, generator, config.num_initial_rows, candidates, exclude_ids)
+    options = {"candidates": _common_ids(config, word_embeddings), "exclude_ids": exclude_ids, "generator": generator}
+    return _sample(config, word_embeddings, config.num_initial_rows, **options)
 
 
 def _common_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> Sequence[int]:
@@ -229,22 +222,9 @@ def _common_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) 
     return common[: config.prompt_tuning_init_vocab_size]
 
 
-def _sample(
-    config: ResidualPromptTuningConfig,
-    word_embeddings: nn.Module,
-    generator: torch.Generator,
-    count: int,
-    candidates: Sequence[int],
-    exclude_ids: Collection[int],
-) -> Tensor:
-    return sample_rows(
-        word_embeddings,
-        count,
-        candidates=candidates,
-        exclude_ids=exclude_ids,
-        generator=generator,
-        count_field="encoder_hidden_size" if config.mixes_vocabulary else "num_virtual_tokens",
-    )
+def _sample(config: ResidualPromptTuningConfig, word_embeddings: nn.Module, count: int, **options: Any) -> Tensor:
+    count_field = "encoder_hidden_size" if config.mixes_vocabulary else "num_virtual_tokens"
+    return sample_rows(word_embeddings, count, count_field=count_field, **options)
 
 
 @register_initialization("TEXT")
@@ -288,8 +268,8 @@ def from_class_labels(
             taken.update(ids)
     rest = config.total_virtual_tokens - len(rows)
     if rest:
-        candidates = _common_ids(config, word_embeddings)
-        rows.append(_sample(config, word_embeddings, generator, rest, candidates, {*exclude_ids, *taken}))
+        options = {"candidates": _common_ids(config, word_embeddings), "generator": generator}
+        rows.append(_sample(config, word_embeddings, rest, exclude_ids={*exclude_ids, *taken}, **options))
     return torch.cat(rows)
 
 
@@ -306,7 +286,7 @@ def from_saved_prompt(
     expected = (config.total_virtual_tokens, config.token_dim)
     if tuple(prompt.shape) != expected:
         raise ValueError(
-            f"`prompt_tuning_init_state_dict_path`={path!r} holds a prompt of {prompt.shape[0]} tokens of width "
+            f"`prompt_tuning_init_state_dict_path`={path!r} contains a prompt of {prompt.shape[0]} tokens of width "
             f"{prompt.shape[1]}, expected {expected[0]} (`num_virtual_tokens`) of width {expected[1]} (the model's). "
             f"Set num_virtual_tokens={prompt.shape[0]}, and use the base model that the prompt was trained for."
         )

@@ -71,7 +71,7 @@ def test_a_distance_of_nothing_is_nothing_far_from_the_origin():
 
 def test_a_large_vocabulary_is_compared_in_parts(model, monkeypatch):
     whole = nearest_tokens(model, k=4)
-    monkeypatch.setattr("peft_residual.analysis.report._ROWS_AT_ONCE", 7)
+    monkeypatch.setattr("peft_residual.analysis.nearest._ROWS_AT_ONCE", 7)
     parts = nearest_tokens(model, k=4)
     for name in whole:
         for metric in whole[name]:

@@ -1,7 +1,8 @@
 """What a trained prompt has learned: a report in numbers, and plots of it."""
 
+from .nearest import NearestTokens, nearest_tokens
 from .plots import plot_map, plot_norms, plot_prompt, plot_similarity
-from .report import NearestTokens, PromptReport, inspect_prompt, nearest_tokens
+from .report import PromptReport, inspect_prompt
 
 
 __all__ = [
