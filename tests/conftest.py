@@ -15,8 +15,8 @@ from peft_residual.registry import INITIALIZATIONS, REPARAMETERIZATIONS
 
 
 torch.set_num_threads(1)
-settings.register_profile("offline", deadline=None, derandomize=True, max_examples=25, database=None)
-settings.load_profile("offline")
+for name, count in (("handful", 25), ("full", 500)):
+    settings.register_profile(name, deadline=None, derandomize=True, max_examples=count, database=None)
 
 VOCAB_SIZE = 64
 WIDTH = 16
@@ -26,6 +26,21 @@ WORDS = (
     "good bad great poor red green blue fast slow the a an of to in is was it this that film book song food place "
     "person cat dog bird fish one two three four five six seven eight nine ten yes no maybe up down left right sun"
 ).split()
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run long repetitions in full, and not a handful of each")
+
+
+def pytest_configure(config):
+    settings.load_profile("full" if config.getoption("--full") else "handful")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out what is marked `full`. An option, since `-m "not full"` by default would be lost with `-m gpu`."""
+    if not config.getoption("--full"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
+        items[:] = [item for item in items if not item.get_closest_marker("full")]
 
 
 @pytest.fixture(autouse=True)

@@ -65,7 +65,7 @@ for name, (write, models) in WRITERS.items():
         SECONDS[name] = time.monotonic() - start
 
 moments = random.Random(0)
-for trial, (name, (write, models)) in zip(range(50), itertools.cycle(WRITERS.items())):
+for trial, (name, (write, models)) in zip(range(int(sys.argv[4])), itertools.cycle(WRITERS.items())):
     out = f"{sys.argv[3]}/killed/{trial}/{name}"
     reading, writing_end = os.pipe()
     child = os.fork()
@@ -89,11 +89,12 @@ def contents(path):
     return {file.name: file.read_bytes() for file in files if not file.parent.name.startswith(".")}
 
 
-def test_fifty_kills_leave_no_half_artefact(tmp_path):
+@pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.full)])
+def test_kills_leave_no_half_artefact(count, tmp_path):
     tests = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", KILLED_PROCESS, tests, tests.parent, tmp_path], check=True)
+    subprocess.run([sys.executable, "-c", KILLED_PROCESS, tests, tests.parent, tmp_path, str(count)], check=True)
     trials = sorted((tmp_path / "killed").iterdir())
-    assert len(trials) == 50
+    assert len(trials) == count
     seen = set()
     for trial in trials:
         (artefact,) = (path for path in trial.iterdir() if not path.name.startswith("."))

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from fresh_process import run_python
 from peft import PeftModel
 from safetensors.torch import load_file
 from source import lines_of_code
@@ -125,7 +126,7 @@ def test_what_the_scripts_say_loads_in_a_process_without_this_package(smoke):
     imports = ["import sys", "from peft import PeftModel"]
     imports += [f"from transformers import {name.split('.')[0]}" for name in sorted(classes)]
     code = "\n".join([*imports, *lines, "assert 'peft_residual' not in sys.modules", "print('loaded')"])
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    result = run_python(code)
     assert result.stdout.endswith("loaded\n"), result.stderr
 
 

@@ -1,11 +1,9 @@
 """Prefix export: stock PEFT computes from keys and values what the live model computes from the prompt."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import make_config, tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
+from fresh_process import run_python
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh, relative_difference, train
@@ -99,7 +97,7 @@ def test_stock_peft_gives_logits_and_generations_of_the_live_model_without_this_
         batches += [padded_batch()] if name in BASES else []
         torch.save((base, batches), tmp_path / name / "in.pt")
         expected[name] = results_of(model, with_padding=name in BASES)
-    subprocess.run([sys.executable, "-c", STOCK_PROCESS, *(tmp_path / name for name in expected)], check=True)
+    run_python(STOCK_PROCESS, *(tmp_path / name for name in expected)).check_returncode()
     for name, live in expected.items():
         stock = torch.load(tmp_path / name / "out.pt")
         masks = [torch.ones(1, 3).bool(), torch.ones(1, 9).bool(), padded_batch()["attention_mask"].bool()]

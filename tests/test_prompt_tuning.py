@@ -1,13 +1,12 @@
 """Merging: what is saved is what was trained, and stock PEFT loads it in a process without this package."""
 
 import json
-import subprocess
-import sys
 
 import numpy
 import pytest
 import torch
 from conftest import make_config, tiny_gpt2, tiny_t5
+from fresh_process import run_python
 from peft import (
     LoraConfig,
     PeftModel,
@@ -45,7 +44,7 @@ assert not any(name.startswith("peft_residual") for name in sys.modules)
 
 def outputs_in_stock_process(folders):
     """Outputs of the `merged` adapter in each folder, on the base and batch of its `in.pt`."""
-    subprocess.run([sys.executable, "-c", STOCK_PROCESS, *folders], check=True)
+    run_python(STOCK_PROCESS, *folders).check_returncode()
     return [torch.load(folder / "out.pt") for folder in folders]
 
 

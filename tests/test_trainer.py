@@ -1,10 +1,8 @@
 """HF Trainer: exact resume in a new process, the best model at the end, evaluation of every task."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from fresh_process import run_python
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh, outputs_of
@@ -52,7 +50,7 @@ def test_resuming_in_a_new_process_equals_never_having_stopped(name, kind, tmp_p
     interrupted = tmp_path / "interrupted"
     make_trainer(interrupted, name, config=config, callbacks=[Stop()]).train()
     assert not (interrupted / f"checkpoint-{2 * STEPS}").exists()
-    subprocess.run([sys.executable, "-W", "ignore", "-c", RESUME_PROCESS, interrupted, name, kind], check=True)
+    run_python(RESUME_PROCESS, interrupted, name, kind).check_returncode()
     assert_same_state(*(folder / f"checkpoint-{2 * STEPS}" for folder in (straight, interrupted)))
     start, end = (load_file(straight / f"checkpoint-{n}/adapter_model.safetensors") for n in (STEPS, 2 * STEPS))
     frozen = {key for key in start if torch.equal(start[key], end[key])}
