@@ -163,10 +163,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
 
     def to_prompt_tuning_config(self, inference_mode: bool = False) -> PromptTuningConfig:
         """The config of the merged, plain prompt tuning adapter, without how its prompt was initialized."""
-        values = self.to_dict()
-        left_out = {"peft_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs"}
-        names = [f.name for f in fields(PromptTuningConfig) if f.name not in left_out]
-        return PromptTuningConfig(**{**{name: values[name] for name in names}, "inference_mode": inference_mode})
+        left_out = ("peft_type", "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_kwargs")
+        values = {f.name: getattr(self, f.name) for f in fields(PromptTuningConfig) if f.name not in left_out}
+        # PEFT adds the task's head to the list, in place, each time that a model is built.
+        modules_to_save = self.modules_to_save and list(dict.fromkeys(self.modules_to_save))
+        return PromptTuningConfig(**{**values, "modules_to_save": modules_to_save, "inference_mode": inference_mode})
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is written to `adapter_config.json`.

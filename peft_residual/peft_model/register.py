@@ -230,6 +230,9 @@ def _check_before_loading(
 
 def _check_heads(model: torch.nn.Module, prefix: str, saved: SavedAdapter, kwargs: Any) -> None:
     """Refuse weights that the model has no place for, which PEFT would ignore, and heads without weights."""
+    heads = _trained_heads(saved.config)
+    if not heads and not saved.heads:
+        return
     named = itertools.chain(model.named_parameters(remove_duplicate=False), model.named_buffers())
     live = {
         (prefix + name).replace(".original_module.", "."): list(getattr(tensor, "ds_shape", tensor.shape))  # ZeRO-3
@@ -237,7 +240,7 @@ def _check_heads(model: torch.nn.Module, prefix: str, saved: SavedAdapter, kwarg
         if (prefix + name).startswith("base_model.") and ".modules_to_save." not in name
     }
     found = {key: list(tensor.shape) for key, tensor in saved.heads.items()}
-    needed = keys_of_modules(live, _trained_heads(saved.config))
+    needed = keys_of_modules(live, heads)
     ignore_mismatched_sizes = kwargs.get("ignore_mismatched_sizes", False)
     mismatches = [
         f"  {key}: expected {live.get(key, 'nothing')}, found {found.get(key, 'nothing')}"
