@@ -1,0 +1,123 @@
+"""Computes the prompt of a decoder-only model once per batch, with gradients, and not once per row.
+
+In a causal model the prompt's keys and values depend on the prompt alone, and all rows have the same prompt. So the
+base model runs on the prompt as a batch of one, and the rows continue from its keys and values. The last virtual token
+is run with each row: its output predicts the row's first token, so that the model computes its own loss.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..storage.sharded import is_sharded
+from .inputs import (
+    Inputs,
+    accepts_position_ids,
+    extend,
+    extend_mask,
+    extend_positions,
+    padding_first,
+    positions_of,
+    refuse_packing,
+    reorder,
+    text_of,
+)
+from .mixed_batch import BatchPrompt
+
+
+# Outputs that include the prompt's own positions, and inputs that are handled elsewhere
+_OTHERS = ("output_hidden_states", "output_attentions", "past_key_values", "cache_position")
+
+
+def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
+    """Whether the rows of a batch can continue from one prompt, with the outputs of the usual way.
+
+    False with different prompts in a batch; with dropout in the base model, which would be the same for all rows; with
+    gradient checkpointing, where transformers keeps no cache; for models whose cache is not only keys and values of
+    all positions (state spaces, sliding windows); and for sharded and compiled models.
+    """
+    if not prompt.is_shared or prompt.embeds.shape[1] < 2 or torch.compiler.is_compiling():
+        return False
+    if any(inputs.get(name) is not None for name in _OTHERS):
+        return False
+    config = base_model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    has_windows = any(kind != "full_attention" for kind in kinds) if kinds else getattr(config, "sliding_window", None)
+    if has_windows or getattr(base_model, "_is_stateful", False) or getattr(config, "output_router_logits", False):
+        return False
+    if base_model.training:
+        modules = list(base_model.modules())
+        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+            return False
+        if any(_drops_out(module) for module in modules):
+            return False
+    return not is_sharded(base_model)
+
+
+def _drops_out(module: Any) -> bool:
+    names = ("p",) if isinstance(module, torch.nn.Dropout) else tuple(n for n in vars(module) if "dropout" in n)
+    return any(isinstance(getattr(module, name), float) and getattr(module, name) > 0 for name in names)
+
+
+def shared_forward(
+    base_model: Any, word_embeddings: Any, prompt: BatchPrompt, inputs: Inputs
+) -> Any | None:
+    """Run the base model with one prompt for all rows.
+
+    Returns:
+        `transformers.modeling_outputs.ModelOutput`: Logits `[B, P + L, V]` as in the usual way; those of the prompt's
+        positions carry no gradient. None if the model's cache turns out to be of another type.
+    """
+    from transformers import DynamicCache
+
+    inputs = dict(inputs)
+    rows, length = text_of(inputs).shape[0], prompt.embeds.shape[1]
+    input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+    embeds = word_embeddings(input_ids) if embeds is None else embeds
+    first = base_model(inputs_embeds=prompt.embeds[:1, :-1].to(embeds), past_key_values=DynamicCache(), use_cache=True)
+    cache = _expanded(first.past_key_values, rows, length - 1)
+    if cache is None:
+        return None
+    mask, position_ids = inputs.pop("attention_mask", None), inputs.pop("position_ids", None)
+    mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
+    inputs["attention_mask"] = extend_mask(mask, prompt)
+    inputs["inputs_embeds"] = torch.cat([prompt.embeds[:, -1:].to(embeds), embeds], dim=1)
+    if inputs.get("labels") is not None:
+        inputs["labels"] = extend(inputs["labels"], 1, -100, "labels")
+    # As in the usual way, padding in front of the text is moved in front of the virtual token that predicts the text.
+    moved = mask.cumsum(-1) == 0
+    order = padding_first(moved, 1)
+    for name in ("inputs_embeds", "labels"):
+        if inputs.get(name) is not None:
+            inputs[name] = reorder(inputs[name], order)
+    inputs["attention_mask"][:, length - 1 :] = reorder(inputs["attention_mask"][:, length - 1 :], order)
+    if accepts_position_ids(base_model):
+        if position_ids is None:
+            inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, length - 1 :]
+        else:
+            refuse_packing(position_ids, mask)
+            positions = extend_positions(position_ids.expand(rows, -1), prompt)[:, length - 1 :]
+            inputs["position_ids"] = reorder(positions, order)
+    outputs = base_model(**{**inputs, "past_key_values": cache, "use_cache": True, "return_dict": True})
+    # The loss is computed. What follows gives the logits the shape and order of the usual way.
+    logits = torch.cat([first.logits.detach().expand(rows, -1, -1), outputs.logits], dim=1)
+    if moved.any():
+        is_padding = torch.arange(embeds.shape[1] + 1, device=moved.device) < moved.sum(-1, keepdim=True)
+        logits = reorder(logits, padding_first(is_padding, length - 1))
+    outputs.logits = logits
+    return outputs
+
+
+def _expanded(cache: Any, rows: int, length: int) -> Any | None:
+    """The prompt's keys and values for every row, not copied; None if the cache is of another type."""
+    from transformers import DynamicCache
+
+    states = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
+    if type(cache) is not DynamicCache or not all(
+        isinstance(state, Tensor) and state.ndim == 4 and state.shape[2] == length for pair in states for state in pair
+    ):
+        return None
+    return DynamicCache([tuple(state.expand(rows, -1, -1, -1) for state in pair) for pair in states])
