@@ -1,13 +1,12 @@
 """Files appear whole or not at all: a kill at any moment leaves the old artefact or the new one, never half."""
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import make_config
+from fresh_process import run_python
 from peft import PeftModel
 from scenarios import SCENARIOS, fresh, outputs_of, train
 
@@ -92,7 +91,7 @@ def contents(path):
 @pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.full)])
 def test_kills_leave_no_half_artefact(count, tmp_path):
     tests = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", KILLED_PROCESS, tests, tests.parent, tmp_path, str(count)], check=True)
+    run_python(KILLED_PROCESS, tests, tests.parent, tmp_path, count).check_returncode()
     trials = sorted((tmp_path / "killed").iterdir())
     assert len(trials) == count
     seen = set()
