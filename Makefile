@@ -11,7 +11,7 @@ OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 help:
 	@echo "make demo      train, resume, evaluate, merge and reload a residual prompt (3 minutes, no network)"
-	@echo "make test      run all tests"
+	@echo "make test      run all tests; PYTEST_ARGS=--full with every repetition"
 	@echo "make quality   ruff, import-linter and mypy"
 	@echo "make format    let ruff rewrite what it can"
 	@echo "make learning  compare methods, write docs/learning.md and the README's table (an hour on 2 CPU cores)"
@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	touch $@
 
 test: $(INSTALLED)
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 quality: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -21,6 +21,18 @@ for name, count in (("handful", 25), ("full", 500)):
 VOCAB_SIZE = 64
 WIDTH = 16
 PAD, EOS, UNK = 0, 1, 2
+SLOW = (
+    "test_examples",
+    "test_distributed",
+    "test_learning",
+    "test_reproduce",
+    "test_hub",
+    "test_precision",
+    "test_text_to_text_training",
+    "test_vocabulary",
+    "test_atomic",
+    "test_register",
+)
 BASE = {"vocab_size": VOCAB_SIZE, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": EOS}
 WORDS = (
     "good bad great poor red green blue fast slow the a an of to in is was it this that film book song food place "
@@ -37,10 +49,14 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what is marked `full`. An option, since `-m "not full"` by default would be lost with `-m gpu`."""
+    """Leave out what is marked `full`; run slow files first, so that no worker waits for one at the end.
+
+    `--full` is an option, since `-m "not full"` by default would be lost with `-m gpu`.
+    """
     if not config.getoption("--full"):
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("full")])
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ piece of code runs in a fork of it, which knows nothing of this one and of what 
 import functools
 import json
 import os
+import select
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaFo
 from transformers import Trainer
 
 def run(code, args, folder, output):
+    os.setsid()
     os.chdir(folder)
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         path, flags = (os.devnull, os.O_RDONLY) if name == "stdin" else (f"{output}/{name}", os.O_WRONLY | os.O_CREAT)
@@ -30,7 +32,9 @@ def run(code, args, folder, output):
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
     except SystemExit as error:
-        return int(error.code or 0)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+        return 1 if isinstance(error.code, str) else error.code or 0
     except BaseException:
         traceback.print_exc()
         return 1
@@ -45,6 +49,7 @@ for line in sys.stdin:
             sys.stdout.flush(), sys.stderr.flush()
         finally:
             os._exit(status)
+    print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
@@ -57,16 +62,46 @@ def server():
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
 
-def run_python(code, *args, cwd=ROOT):
-    """Run code with arguments as `python -c` does.
+class Process:
+    """A forked process, the leader of its session; one runs at a time."""
 
-    Returns:
-        `subprocess.CompletedProcess`: Exit status and what was printed, as `subprocess.run` gives them.
-    """
-    with tempfile.TemporaryDirectory() as output:
-        request = [textwrap.dedent(code), list(map(str, args)), str(cwd), output]
-        server().stdin.write(json.dumps(request) + "\n")
+    def __init__(self, code, *args, cwd=ROOT):
+        self.output = tempfile.TemporaryDirectory()
+        self.request = [textwrap.dedent(code), list(map(str, args)), str(cwd), self.output.name]
+        server().stdin.write(json.dumps(self.request) + "\n")
         server().stdin.flush()
+        self.pid = int(server().stdout.readline())
+
+    def is_running(self):
+        return not select.select([server().stdout], [], [], 0)[0]
+
+    def wait(self):
+        """The exit status and what was printed, as `subprocess.run` gives them."""
         status = int(server().stdout.readline())
-        stdout, stderr = ((Path(output) / name).read_text() for name in ("stdout", "stderr"))
-    return subprocess.CompletedProcess(request, status, stdout, stderr)
+        with self.output as folder:
+            stdout, stderr = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
+        return subprocess.CompletedProcess(self.request, status, stdout, stderr)
+
+
+# `python SCRIPT ARGUMENTS`
+SCRIPT = """
+import os, runpy, sys
+del sys.argv[0]
+sys.path[0] = os.path.dirname(sys.argv[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run_python(code, *args, cwd=ROOT):
+    """What `python -c CODE ARGUMENTS` gives."""
+    return Process(code, *args, cwd=cwd).wait()
+
+
+def run_script(path, *args, cwd=ROOT):
+    """What `python PATH ARGUMENTS` gives."""
+    return run_python(SCRIPT, path, *args, cwd=cwd)
+
+
+def start_script(path, *args, cwd=ROOT):
+    """Start `python PATH ARGUMENTS` and return at once."""
+    return Process(SCRIPT, path, *args, cwd=cwd)

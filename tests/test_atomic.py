@@ -1,16 +1,20 @@
-"""Files appear whole or not at all: a kill at any moment leaves the old artefact or the new one, never half."""
+"""Files are written completely or not at all: a kill at any moment leaves the old artifact or the new one."""
 
+import itertools
 import os
-import subprocess
-import sys
-from pathlib import Path
+import random
+import signal
+import time
 
 import pytest
 import torch
-from conftest import make_config
-from peft import PeftModel
+from conftest import make_config, tiny_llama
+from peft import PeftModel, get_peft_model
 from scenarios import SCENARIOS, fresh, outputs_of, train
+from text_tokenizers import characters_behind_a_space
 
+from peft_residual import save_as_prefix_tuning, save_as_prompt_tuning, save_as_vocabulary
+from peft_residual.export import save_prompt_tensor
 from peft_residual.storage import atomic as writing
 
 
@@ -18,67 +22,26 @@ T5 = SCENARIOS["t5"]
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
 
-# Saves and exports two models in turns, over and over, in one fork per trial; prints what each kill left behind.
-KILLED_PROCESS = """
-import itertools, os, random, signal, sys, time
-sys.path[:0] = sys.argv[1:3]
-import warnings; warnings.simplefilter("ignore")
-import torch, transformers
-transformers.logging.set_verbosity_error(); transformers.logging.disable_progress_bar()
-from conftest import make_config, tiny_llama
-from peft import get_peft_model
-from text_tokenizers import characters_behind_a_space
-from peft_residual import *
-from peft_residual.export import save_prompt_tensor
 
-torch.set_num_threads(1)
-tokenizer = characters_behind_a_space()
+def save(model, path):
+    model.save_pretrained(path)
 
-def model(rows, weight):
-    config = make_config(task_type="CAUSAL_LM", num_virtual_tokens=rows)
-    model = get_peft_model(tiny_llama(vocab_size=104), config).eval()
-    torch.nn.init.constant_(model.prompt_encoder["default"].embedding.weight, weight)
-    return model
 
-def save(model, out):
-    model.save_pretrained(out)
+def save_words(model, path):
+    save_as_vocabulary(model, characters_behind_a_space(), path, overwrite=True)
 
-def vocabulary(model, out):
-    save_as_vocabulary(model, tokenizer, out, overwrite=True)
 
 def overwriting(export):
-    return lambda model, out: export(model, out, overwrite=True)
+    return lambda model, path: export(model, path, overwrite=True)
 
-alike, unlike = [model(4, 0), model(4, 1)], [model(4, 0), model(6, 1)]
-WRITERS = {
-    "saved": (save, alike),
-    "merged": (overwriting(save_as_prompt_tuning), unlike),
-    "prefix": (overwriting(save_as_prefix_tuning), unlike),
-    "words": (vocabulary, unlike),
-    "prompt.npy": (overwriting(save_prompt_tensor), unlike),
+
+WRITERS = {  # how an artifact is written, and the lengths of the two prompts that are written in turns
+    "saved": (save, (4, 4)),
+    "merged": (overwriting(save_as_prompt_tuning), (4, 6)),
+    "prefix": (overwriting(save_as_prefix_tuning), (4, 6)),
+    "words": (save_words, (4, 6)),
+    "prompt.npy": (overwriting(save_prompt_tensor), (4, 6)),
 }
-SECONDS = {}
-for name, (write, models) in WRITERS.items():
-    for i, model in enumerate(models):  # what whole artefacts look like
-        start = time.monotonic()
-        write(model, f"{sys.argv[3]}/{i}/{name}")
-        SECONDS[name] = time.monotonic() - start
-
-moments = random.Random(0)
-for trial, (name, (write, models)) in zip(range(int(sys.argv[4])), itertools.cycle(WRITERS.items())):
-    out = f"{sys.argv[3]}/killed/{trial}/{name}"
-    reading, writing_end = os.pipe()
-    child = os.fork()
-    if not child:
-        for model in itertools.cycle(models):
-            write(model, out)
-            os.write(writing_end, b".")
-    os.read(reading, 1)  # one is there: from now on there is always one
-    time.sleep(moments.uniform(0, SECONDS[name]))
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    os.close(reading), os.close(writing_end)
-"""
 
 
 def contents(path):
@@ -89,23 +52,59 @@ def contents(path):
     return {file.name: file.read_bytes() for file in files if not file.parent.name.startswith(".")}
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(50, marks=pytest.mark.full)])
-def test_kills_leave_no_half_artefact(count, tmp_path):
-    tests = Path(__file__).parent
-    subprocess.run([sys.executable, "-c", KILLED_PROCESS, tests, tests.parent, tmp_path, str(count)], check=True)
-    trials = sorted((tmp_path / "killed").iterdir())
-    assert len(trials) == count
-    seen = set()
-    for trial in trials:
-        (artefact,) = (path for path in trial.iterdir() if not path.name.startswith("."))
-        found = contents(artefact)
-        versions = [i for i in "01" if contents(tmp_path / i / artefact.name) == found]
-        assert versions, f"{artefact.name} is neither the old one nor the new one"
-        seen.add((artefact.name, versions[0]))
+class Artifact:
+    """Two models and a way to write them; what each writes, and how long that takes."""
+
+    def __init__(self, name, folder):
+        self.name, self.folder = name, folder
+        self.write, lengths = WRITERS[name]
+        self.models, self.versions = [], []
+        for i, length in enumerate(lengths):
+            config = make_config(task_type="CAUSAL_LM", num_virtual_tokens=length)
+            model = get_peft_model(tiny_llama(vocab_size=104), config).eval()
+            torch.nn.init.constant_(model.prompt_encoder["default"].embedding.weight, i)
+            start = time.monotonic()
+            self.write(model, folder / f"version-{i}" / name)
+            self.seconds = time.monotonic() - start
+            self.models.append(model)
+            self.versions.append(contents(folder / f"version-{i}" / name))
+
+    def write_in_turns(self, path, descriptor):
+        for model in itertools.cycle(self.models):
+            self.write(model, path)
+            os.write(descriptor, b".")
+
+    def version_at(self, path):
+        """Which of the two is there: never anything else, nor anything beside it that has a name of its own."""
+        assert [path.name for path in path.parent.iterdir() if not path.name.startswith(".")] == [self.name]
+        found = contents(path)
+        assert found in self.versions, f"{self.name} is neither the old one nor the new one"
+        return self.versions.index(found)
+
+
+@pytest.mark.parametrize("trials", [20, pytest.param(50, marks=pytest.mark.full)])
+def test_kills_leave_no_half_artifact(trials, tmp_path):
+    moments, seen = random.Random(0), set()
+    artifacts = [Artifact(name, tmp_path) for name in WRITERS]
+    for trial, artifact in zip(range(trials), itertools.cycle(artifacts)):
+        path = tmp_path / str(trial) / artifact.name
+        reading, writing = os.pipe()
+        child = os.fork()
+        if not child:
+            try:
+                artifact.write_in_turns(path, writing)
+            finally:
+                os._exit(1)
+        os.read(reading, 1)  # one is there: from now on there is always one
+        time.sleep(moments.uniform(0, artifact.seconds))
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        os.close(reading), os.close(writing)
+        seen.add((artifact.name, artifact.version_at(path)))
     assert len(seen) > 5, "kills found old and new ones"
 
 
-def killed_after_renames(tmp_path, count, write):
+def killed_after_renames(count, write):
     """Run `write` in a fork that dies at its n-th renaming or deleting of a file; returns whether it came that far."""
     child = os.fork()
     if not child:
@@ -123,9 +122,29 @@ def killed_after_renames(tmp_path, count, write):
 
         for name in ("replace", "rename", "unlink", "rmdir"):
             setattr(os, name, dying(getattr(os, name)))
-        write()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+        writing._exchange_in_one_step = dying(writing._exchange_in_one_step)
+        try:
+            write()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert status in (0, 9)
+    return status == 9
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_kill_before_any_rename_leaves_the_old_or_the_new_artifact(name, tmp_path):
+    artifact, seen = Artifact(name, tmp_path), []
+    old, new = artifact.models
+    for count in range(100):
+        path = tmp_path / str(count) / name
+        artifact.write(old, path)
+        was_killed = killed_after_renames(count, lambda path=path: artifact.write(new, path))
+        seen.append(artifact.version_at(path))
+        if not was_killed:
+            break
+    assert list(dict.fromkeys(seen)) == [0, 1]
 
 
 def test_a_save_with_other_settings_leaves_old_new_or_what_nothing_loads(tmp_path):
@@ -137,7 +156,7 @@ def test_a_save_with_other_settings_leaves_old_new_or_what_nothing_loads(tmp_pat
         out = tmp_path / str(count)
         models[0].save_pretrained(out)
         (out / "optimizer.pt").write_text("a trainer's own")
-        was_killed = killed_after_renames(tmp_path, count, lambda out=out: models[1].save_pretrained(out))
+        was_killed = killed_after_renames(count, lambda out=out: models[1].save_pretrained(out))
         assert (out / "optimizer.pt").read_text() == "a trainer's own"
         if not (out / "adapter_config.json").exists():
             with pytest.raises(ValueError, match=r"adapter_config\.json"):

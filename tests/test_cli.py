@@ -1,7 +1,6 @@
 """The command line: what it prints, its exit codes, and that a mistake is answered in words."""
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ import sys
 import pytest
 import torch
 from conftest import tiny_bert, tiny_gpt2, tiny_t5
+from fresh_process import run_python
 from peft import PeftModel
 from safetensors.torch import load_file
 from scenarios import SCENARIOS
@@ -235,13 +235,10 @@ def test_the_examples_of_the_help_are_right_command_lines(name, capsys):
 
 
 def test_the_command_runs_as_a_process(adapter, tmp_path):
-    def process(*argv):
-        command = [sys.executable, "-W", "ignore", "-m", "peft_residual", *map(str, argv)]
-        env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-
-    good = process("check", adapter, "--json")
+    command = [sys.executable, "-W", "ignore", "-m", "peft_residual", "check", str(adapter), "--json"]
+    good = subprocess.run(command, capture_output=True, text=True, check=False)
     assert good.returncode == 0 and json.loads(good.stdout)["is_valid"]
-    bad = process("inspect", tmp_path / "nowhere")
+    run_module = 'import runpy; runpy.run_module("peft_residual", run_name="__main__", alter_sys=True)'
+    bad = run_python(run_module, "inspect", tmp_path / "nowhere")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert "peft-residual: error: " in bad.stderr and "Traceback" not in bad.stderr

@@ -3,10 +3,8 @@
 import ast
 import copy
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
 import textwrap
 import types
@@ -17,6 +15,7 @@ import peft
 import pytest
 import torch
 from conftest import make_config, make_encoder, tiny_bert, tiny_gpt2, tiny_llama
+from fresh_process import run_python
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, outputs_of
@@ -279,14 +278,7 @@ def test_the_command_line_knows_a_network_whose_module_is_imported_for_it(own_na
     exec(network, {})
     config = make_config(task_type="CAUSAL_LM", encoder_reparameterization_type="P_TUNING_MLP")
     get_peft_model(tiny_gpt2(), config).save_pretrained(tmp_path / "adapter")
-    process = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", command, "check", "adapter"],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    process = run_python(command, "check", "adapter", cwd=tmp_path)
     assert process.returncode == 0 and "network: P_TUNING_MLP" in process.stdout, process.stderr
 
 

@@ -3,11 +3,11 @@
 import contextlib
 import io
 import json
+import os
 import runpy
 import shlex
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from fresh_process import run_python
+from fresh_process import run_python, run_script, start_script
 from peft import PeftModel
 from safetensors.torch import load_file
 from source import lines_of_code
@@ -263,16 +263,14 @@ def test_ctrl_c_says_how_to_go_on_and_going_on_works(tmp_path):
     out = tmp_path / "out"
     script = EXAMPLES / "by_feature" / "resume.py"
     options = ["--max_steps", "500", "--batch_size", "8", "--output_dir", out]
-    process = subprocess.Popen(
-        [sys.executable, script, *options], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-    )
+    process = start_script(script, *options)
     while not (out / "straight" / "checkpoint-100" / "trainer_state.json").exists():
-        assert process.poll() is None
+        assert process.is_running()
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate()
-    assert process.returncode == 130
-    command = shlex.split(printed.splitlines()[-1])
+    os.kill(process.pid, signal.SIGINT)
+    result = process.wait()
+    assert result.returncode == 130
+    command = shlex.split(result.stdout.splitlines()[-1])
     assert command[-2:] == ["--resume_from", str(out / "straight")]
     assert command[:2] == ["python", str(script)]
     go_on = run("by_feature/resume.py", *command[2:], "--max_steps", "102", "--smoke")
@@ -360,8 +358,7 @@ def test_resuming_needs_a_checkpoint_with_its_state(tmp_path):
 
 
 def run_alone(script, *args):
-    command = [sys.executable, "-W", "ignore", EXAMPLES / script, *args]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_script(EXAMPLES / script, *args)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -373,9 +370,7 @@ def test_demo_trains_resumes_merges_and_reloads(tmp_path):
     assert "in a process without peft_residual: same" in printed
     assert (out / "curves.png").stat().st_size > 5000
     assert (out / "merged" / "adapter_model.safetensors").exists()
-    again = subprocess.run(
-        [sys.executable, EXAMPLES / "demo.py", "--smoke", "--output_dir", out], capture_output=True, text=True
-    )
+    again = run_script(EXAMPLES / "demo.py", "--smoke", "--output_dir", out)
     assert again.returncode == 1 and "--overwrite" in again.stderr
     assert (out / "curves.png").exists()
 

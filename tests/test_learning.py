@@ -2,13 +2,13 @@
 
 import copy
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_script
 from scipy import stats
 
 
@@ -171,8 +171,9 @@ def test_only_a_difference_above_its_interval_gets_a_star():
 
 
 def test_the_command_trains_and_writes_a_page_that_says_what_it_is(tmp_path):
-    command = [sys.executable, "-W", "ignore", learning.__file__, "--smoke", "--processes", "1", "--output", tmp_path]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    result = run_script(learning.__file__, "--smoke", "--processes", "1", "--output", tmp_path)
+    assert result.returncode == 0, result.stderr
+    printed = result.stdout
     page = (tmp_path / "learning.md").read_text()
     assert page in printed and "--smoke" in page and "these figures mean nothing" in page
     assert all(f"| {method} | " in page for method in learning.PROMPTS)

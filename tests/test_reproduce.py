@@ -5,9 +5,9 @@ import math
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import tiny_llama
+from fresh_process import run_python, start_script
 from peft import PeftConfig, get_peft_model
 from source import lines_of_code
 from transformers import AutoTokenizer, GenerationConfig, HfArgumentParser, get_cosine_schedule_with_warmup
@@ -209,15 +210,13 @@ def test_an_interrupted_table_goes_on_where_it_was(own_table, tmp_path):
     columns = {"ours": {"options": {"method": "residual"}}}
     command = [own_table(columns=columns, seeds=[0]), "--output_dir", str(tmp_path / "out")]
     folder = tmp_path / "out" / "ours" / "embedded" / "sentiment" / "seed-0"
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", driver.__file__, *command], start_new_session=True, **pipes
-    )
-    while last_checkpoint(folder) is None and process.poll() is None:
+    process = start_script(driver.__file__, *command)
+    while last_checkpoint(folder) is None and process.is_running():
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate()
-    assert process.returncode == 1 and "Interrupted. The same command resumes from here." in errors, errors
+    result = process.wait()
+    errors = result.stderr
+    assert result.returncode == 1 and "Interrupted. The same command resumes from here." in errors, errors
     assert last_checkpoint(folder) is not None and not (folder / "scores.json").exists()
     assert "Traceback" not in errors + (folder / "log.txt").read_text()
 
@@ -316,8 +315,9 @@ def test_the_comparison_is_run_as_the_document_says(tmp_path):
         "parser.add_argument('path')\nargs = parser.parse_args()\n"
         "if __name__ == '__main__':\n    print(type(PeftConfig.from_pretrained(args.path)).__name__, args.v)\n"
     )
-    python = command.replace("python", f"{sys.executable} -W ignore", 1)
-    result = subprocess.run(python, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    python, option, code, *args = shlex.split(command)
+    assert (python, option) == ("python", "-c")
+    result = run_python(code, *args, cwd=tmp_path)
     assert result.stdout == "ResidualPromptTuningConfig True\n", result.stderr
 
 

@@ -6,13 +6,13 @@ import os
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_process import run_script, start_script
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, TrainerCallback
@@ -69,8 +69,7 @@ def test_smoke(method, tmp_path, monkeypatch, tokenizer, capsys):
 
 
 def test_the_script_runs_from_anywhere(tmp_path):
-    command = [sys.executable, "-W", "ignore", SCRIPT, "--smoke", "--output_dir", tmp_path / "out"]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    result = run_script(SCRIPT, "--smoke", "--output_dir", tmp_path / "out", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "embedded/sentiment, residual: epoch" in result.stdout
     assert PeftConfig.from_pretrained(tmp_path / "out" / "merged").peft_type.value == "PROMPT_TUNING"
@@ -171,16 +170,14 @@ def test_interrupting_leaves_a_whole_checkpoint_and_says_how_to_go_on(tmp_path, 
     """Ctrl-C as a terminal sends it; going on ends where a run without interruption ends."""
     out = tmp_path / "out"
     options = ["--max_train_samples", "32", "--max_eval_samples", "16", "--num_epochs", "20", "--patience", "20"]
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), *options, "--output_dir", str(out)]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([*command, "--overwrite"], cwd=tmp_path, **pipes)
-    while not list(out.glob("checkpoint-*/trainer_state.json")) and process.poll() is None:
+    process = start_script(SCRIPT, *options, "--output_dir", out, "--overwrite", cwd=tmp_path)
+    while not list(out.glob("checkpoint-*/trainer_state.json")) and process.is_running():
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    printed, errors = process.communicate()
-    assert process.returncode == 130, errors
-    assert "Press again to stop at once" in printed and "Traceback" not in errors
-    go_on = shlex.split(printed.strip().splitlines()[-1])
+    os.kill(process.pid, signal.SIGINT)
+    result = process.wait()
+    assert result.returncode == 130, result.stderr
+    assert "Press again to stop at once" in result.stdout and "Traceback" not in result.stderr
+    go_on = shlex.split(result.stdout.strip().splitlines()[-1])
     assert go_on[0] == "python" and "--overwrite" not in go_on and go_on[-2] == "--resume_from_checkpoint"
     steps = json.loads((Path(go_on[-1]) / "trainer_state.json").read_text())["global_step"]
     assert 0 < steps < 80 and Path(go_on[-1]).name == f"checkpoint-{steps}"
