@@ -28,8 +28,18 @@ from .inputs import (
 from .mixed_batch import BatchPrompt
 
 
-# Outputs that include the prompt's own positions, and inputs that are handled elsewhere
-_OTHERS = ("output_hidden_states", "output_attentions", "past_key_values", "cache_position")
+# With fewer virtual tokens, the second pass through the model costs about what it saves.
+SHORTEST_SHARED_PROMPT = 40
+
+# Inputs with which the usual way is taken
+_OTHERS = (
+    "output_hidden_states",
+    "output_attentions",
+    "past_key_values",
+    "cache_position",
+    "logits_to_keep",
+    "token_type_ids",
+)
 
 
 def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
@@ -39,7 +49,9 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     gradient checkpointing, where transformers keeps no cache; for models whose cache is not only keys and values of
     all positions (state spaces, sliding windows); and for sharded and compiled models.
     """
-    if not prompt.is_shared or prompt.embeds.shape[1] < 2 or torch.compiler.is_compiling():
+    if not prompt.is_shared or prompt.embeds.shape[1] < 2:
+        return False
+    if torch.compiler.is_compiling() or hasattr(base_model, "_orig_mod"):
         return False
     if any(inputs.get(name) is not None for name in _OTHERS):
         return False
@@ -62,18 +74,18 @@ def _drops_out(module: Any) -> bool:
     return any(isinstance(getattr(module, name), float) and getattr(module, name) > 0 for name in names)
 
 
-def shared_forward(
-    base_model: Any, word_embeddings: Any, prompt: BatchPrompt, inputs: Inputs
-) -> Any | None:
+def shared_forward(base_model: Any, word_embeddings: Any, prompt: BatchPrompt, inputs: Inputs) -> Any | None:
     """Run the base model with one prompt for all rows.
 
     Returns:
-        `transformers.modeling_outputs.ModelOutput`: Logits `[B, P + L, V]` as in the usual way; those of the prompt's
-        positions carry no gradient. None if the model's cache turns out to be of another type.
+        `transformers.modeling_outputs.ModelOutput`: With logits `[B, P + L, V]` as in the usual way. None if the
+        model's cache turns out to be of another type.
     """
     from transformers import DynamicCache
 
     inputs = dict(inputs)
+    return_dict = inputs.get("return_dict")
+    wants_dict = getattr(base_model.config, "return_dict", True) if return_dict is None else return_dict
     rows, length = text_of(inputs).shape[0], prompt.embeds.shape[1]
     input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
     embeds = word_embeddings(input_ids) if embeds is None else embeds
@@ -102,13 +114,15 @@ def shared_forward(
             positions = extend_positions(position_ids.expand(rows, -1), prompt)[:, length - 1 :]
             inputs["position_ids"] = reorder(positions, order)
     outputs = base_model(**{**inputs, "past_key_values": cache, "use_cache": True, "return_dict": True})
-    # The loss is computed. What follows gives the logits the shape and order of the usual way.
-    logits = torch.cat([first.logits.detach().expand(rows, -1, -1), outputs.logits], dim=1)
+    # The model has computed its loss. What follows gives the logits the shape and order of the usual way.
+    logits = torch.cat([first.logits.expand(rows, -1, -1), outputs.logits], dim=1)
     if moved.any():
         is_padding = torch.arange(embeds.shape[1] + 1, device=moved.device) < moved.sum(-1, keepdim=True)
         logits = reorder(logits, padding_first(is_padding, length - 1))
     outputs.logits = logits
-    return outputs
+    if inputs.get("use_cache") is False:
+        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})
+    return outputs if wants_dict else outputs.to_tuple()
 
 
 def _expanded(cache: Any, rows: int, length: int) -> Any | None:
