@@ -80,11 +80,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         check_token_dim(config)
         network = build_network_to_load(config, _random_sources(config)[1])
         own = {checkpoint.NETWORK_PREFIX + name: tensor for name, tensor in network.state_dict().items()}
+        is_meta = any(tensor.is_meta for tensor in own.values())
         own[checkpoint.EMBEDDING_KEY] = torch.empty(config.total_virtual_tokens, config.embedding_width, device="meta")
         checkpoint.check_leaves(own, state)
         # Copied: memory-mapped tensors may be unaligned, and torch then chooses kernels that round differently.
         state = {key: state[key].to("cpu", tensor.dtype, copy=True) for key, tensor in own.items()}
-        is_meta = any(tensor.is_meta for tensor in network.state_dict().values())
         weights = {key.removeprefix(checkpoint.NETWORK_PREFIX): tensor for key, tensor in state.items()}
         embedding = weights.pop(checkpoint.EMBEDDING_KEY)
         network.load_state_dict(weights, assign=is_meta)

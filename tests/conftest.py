@@ -67,7 +67,7 @@ def seed():
 
 @pytest.fixture
 def own_names(monkeypatch):
-    """Forget the networks and starts that a test registers."""
+    """Remove the networks and initializations that a test registers."""
     for registry in (REPARAMETERIZATIONS, INITIALIZATIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
 
@@ -227,6 +227,6 @@ def make_table(rows=VOCAB_SIZE, width=WIDTH, padding_idx=None):
 
 
 def make_encoder(**overrides):
-    """A `ResidualPromptEncoder` of width `token_dim` (16 unless set) that starts from a random table."""
+    """A `ResidualPromptEncoder` of width `token_dim` (16 unless set), initialized from a random table."""
     config = make_config(**{"token_dim": WIDTH, "prompt_tuning_init_seed": 0, **overrides})
     return ResidualPromptEncoder(config, make_table(width=config.token_dim))

@@ -1,7 +1,7 @@
-"""Ways to damage a saved adapter: each takes a whole folder and a seeded generator, and leaves one that is not whole.
+"""Ways to damage a saved adapter: each takes a valid folder and a seeded generator, and leaves one that is not valid.
 
-What happens to leave a whole adapter (a bit flipped in the last digit of a weight, say) is not damage, and not made
-here. Nor is a head of another shape, which only the base model can tell.
+What leaves a valid adapter (a bit flipped in the last digit of a weight, for example) is not damage and is not here.
+Neither is a head of another shape, which only the base model can show.
 """
 
 from __future__ import annotations

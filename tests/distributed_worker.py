@@ -68,7 +68,7 @@ def rows(name):
 
 
 def build_model(name, folder):
-    """The base model from disk, a new adapter (Llama's with norms trained along), one loaded for inference."""
+    """The base model with a new adapter (for Llama, norms are in `modules_to_save`) and one loaded for inference."""
     model_class, task_type, _ = MODELS[name]
     heads = ["norm"] if name == "llama" else None
     config = make_config(task_type=task_type, prompt_tuning_init_seed=1, modules_to_save=heads)
@@ -175,10 +175,10 @@ def train_with_trainer(folder, mode, settings):
 
 
 def train_with_deepspeed_in_bfloat16(folder, mode):
-    """DeepSpeed's own loop: a model that was whole before is cast as it is partitioned, and the prompt with it."""
+    """DeepSpeed's own loop: a model that was not partitioned before is cast when it is, and the prompt with it."""
     import deepspeed
 
-    unset_hf_deepspeed_config()  # or transformers goes on partitioning what it reads
+    unset_hf_deepspeed_config()  # or transformers partitions what it reads afterwards
     model = build_model("t5", folder)
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -197,7 +197,7 @@ def train_with_deepspeed_in_bfloat16(folder, mode):
 
 
 def resume_with_trainer(folder, mode, settings):
-    """Go on from the checkpoint halfway, in processes that know nothing of the run before."""
+    """Resume from the checkpoint halfway, in processes that have no state of the first run."""
     for name in MODELS:
         arguments = enter(mode, settings_for(name, mode, settings))
         output, checkpoint = folder / mode / f"{name}-resumed", folder / mode / name / f"checkpoint-{STEPS // 2}"
@@ -215,10 +215,10 @@ def resume_with_trainer(folder, mode, settings):
         refuse_to_save_alone(model, folder / mode, errors)
 
 
-# --- torch's `fully_shard` in a loop of one's own -----------------------------------------------------------------
+# --- torch's `fully_shard` in a custom training loop --------------------------------------------------------------
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+GATHERED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 WAYS = ("together", "apart")
 
 
@@ -258,20 +258,20 @@ def train_in_a_loop(folder, mode, settings):
         take_steps(model, optimizer, range(4))
         is_main = dist.get_rank() == 0
         model.save_pretrained(output / "halfway", is_main_process=is_main)
-        state = get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        state = get_optimizer_state_dict(model, optimizer, options=GATHERED)
         report(output / "halfway" / "optimizer.pt", optimizer=state)
         batch = take_steps(model, optimizer, range(4, 8))
         live = prompt_in_use(model.eval(), torch.no_grad()(lambda model=model, batch=batch: model(**batch)))
         model.save_pretrained(output / "saved", is_main_process=is_main)
-        whole = get_model_state_dict(model, options=WHOLE)
+        gathered = get_model_state_dict(model, options=GATHERED)
         if is_main:
-            model.save_pretrained(output / "from-state-dict", state_dict=whole)
+            model.save_pretrained(output / "from-state-dict", state_dict=gathered)
         sharded = type(model.prompt_encoder["default"].embedding.weight).__name__
         report(output / "train.pt", live={"default": live}, exported=get_prompt_tensor(model), sharded=sharded)
 
 
 def resume_in_a_loop(folder, mode, settings):
-    """Go on from halfway; then load the end into a live, sharded model."""
+    """Resume from halfway; then load the end into a live, sharded model."""
     for way in WAYS:
         output = folder / mode / way
         base = MODELS["t5"][0].from_pretrained(folder / "t5")
@@ -279,7 +279,7 @@ def resume_in_a_loop(folder, mode, settings):
         disable_base_dropout(model)
         optimizer = shard(model, way)
         state = torch.load(output / "halfway" / "optimizer.pt")["optimizer"]
-        set_optimizer_state_dict(model, optimizer, state, options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, state, options=GATHERED)
         batch = take_steps(model, optimizer, range(4, 8))
         model.save_pretrained(output / "resumed", is_main_process=dist.get_rank() == 0)
         model.load_adapter(output / "halfway", "default", is_trainable=True)

@@ -28,7 +28,7 @@ class Scenario:
         return {"input_ids": ids, "attention_mask": mask, **(self.labels(ids) if labels else {})}
 
     def model(self, base: Any = None, adapter_name: str = "default", **overrides: Any) -> Any:
-        """A residual adapter on the base model, trained for two steps so that nothing is at its start."""
+        """A residual adapter on the base model, trained for two steps so that no weight has its initial value."""
         base = self.build() if base is None else base
         config = make_config(**{"task_type": self.task_type, "prompt_tuning_init_seed": 0, **overrides})
         model = get_peft_model(base, config, adapter_name=adapter_name)

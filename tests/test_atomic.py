@@ -45,7 +45,7 @@ WRITERS = {  # how an artifact is written, and the lengths of the two prompts th
 
 
 def contents(path):
-    """Every file of an artefact that is part of it, by its name."""
+    """The bytes of every file that belongs to an artifact, by file name."""
     if path.is_file():
         return {path.name: path.read_bytes()}
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.name != "README.md")

@@ -144,7 +144,7 @@ def test_two_processes_train_what_one_trains(mode, name, launched, alone):
     output = launched(mode) / name
     report = read_report(output / "train.pt")
     assert report["wrapper"].startswith(WRAPPERS.get(mode, WRAPPERS["zero2"]))
-    assert report["partitioned"] == (mode == "zero3"), "the base model when the prompt took its start from it"
+    assert report["partitioned"] == (mode == "zero3"), "the base model when the prompt was initialized from it"
     trained = weights(output / f"checkpoint-{worker.STEPS}")
     relative = {k: float((trained[k] - one).norm() / one.norm()) for k, one in alone[name].items()}
     assert ("base_model.model.norm.weight" in relative) == (name == "llama")
@@ -203,7 +203,7 @@ def test_a_network_that_zero3_casts_to_bfloat16_is_computed_in_float32(launched)
     assert (weights(output)["prompt_embeddings"] - report["live"]).abs().max() <= 1e-6
 
 
-# --- a loop of one's own ------------------------------------------------------------------------------------------
+# --- a custom training loop ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("way", worker.WAYS)
@@ -236,6 +236,6 @@ def test_an_encoder_wrapped_apart_trains_the_same(launched):
         ("zero3", "load", r"ValueError: .*Adapter 'default' is sharded.*Load it before `deepspeed.initialize`"),
     ],
 )
-def test_what_spread_weights_do_not_allow_is_refused_not_hung(mode, what, message, launched):
+def test_what_sharded_weights_do_not_allow_raises_and_does_not_hang(mode, what, message, launched):
     refusals = torch.load(launched(mode) / "refusals.pt")
     assert re.search(message, refusals[what]), refusals[what]

@@ -86,7 +86,7 @@ class ResidualAdapters(PeftModel):
         config.inference_mode = True
         encoder.config = config
         device = self.prompt_encoder[adapter_name].embedding.weight.device
-        self.prompt_encoder[adapter_name] = encoder.to(device)
+        self.prompt_encoder[adapter_name] = encoder if device.type == "cpu" else encoder.to(device)
         self.peft_config[adapter_name] = config
 
     # --- active, trainable ----------------------------------------------------------------------------------------
