@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SERVER = """
-import json, os, sys, traceback
+import json, os, signal, sys, traceback
 import peft, torch
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, T5ForConditionalGeneration
 from transformers import Trainer
@@ -25,6 +25,7 @@ from transformers import Trainer
 def run(code, args, folder, output):
     os.setsid()
     os.chdir(folder)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job, and so in its children
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         path, flags = (os.devnull, os.O_RDONLY) if name == "stdin" else (f"{output}/{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(os.open(path, flags), descriptor)

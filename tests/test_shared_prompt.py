@@ -193,7 +193,9 @@ def test_a_single_virtual_token_and_hidden_states_are_not_shared(shared):
 
 
 def test_a_bidirectional_model_with_a_causal_head_is_not_shared(shared):
-    model = get_peft_model(BertLMHeadModel(tiny_bert("").config), make_config(task_type="CAUSAL_LM", num_virtual_tokens=P))
+    model = get_peft_model(
+        BertLMHeadModel(tiny_bert("").config), make_config(task_type="CAUSAL_LM", num_virtual_tokens=P)
+    )
     model.share_prompt(True)
     model(**batch())
     assert not shared

@@ -4,6 +4,7 @@ The models have random weights and the size of real ones. All methods use AdamW 
 Peak memory is measured in a separate process for each method (GPU memory, if a GPU is used).
 
     python examples/benchmarks/training_step.py
+    python examples/benchmarks/training_step.py --size smollm2-135m --length 32 --labels 2
     python examples/benchmarks/training_step.py --size gpt2-small --dtype bfloat16 --device cuda --compile
 """
 
@@ -20,7 +21,14 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from turns import SEED, Comparison, Settings, parse, report, synchronize, take_turns
 
 from peft_residual import ResidualPromptTuningConfig, create_residual_optimizer, disable_base_dropout
@@ -45,18 +53,24 @@ def gpt2_small() -> nn.Module:
     return GPT2LMHeadModel(GPT2Config())
 
 
+def smollm2_135m() -> nn.Module:
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3))
+
+
 SIZES = {
     "tiny": ("SEQ_2_SEQ_LM", tiny),
     "t5-small": ("SEQ_2_SEQ_LM", t5_small),
     "t5-base": ("SEQ_2_SEQ_LM", t5_base),
     "gpt2-small": ("CAUSAL_LM", gpt2_small),
+    "smollm2-135m": ("CAUSAL_LM", smollm2_135m),
 }
-METHODS = ("prompt tuning", "residual", "P-tuning", "LoRA")
+METHODS = ("prompt tuning", "residual", "residual, not shared", "P-tuning", "LoRA")
 
 
 @dataclass
 class StepSettings(Settings):
-    size: Literal["tiny", "t5-small", "t5-base", "gpt2-small"] = field(
+    size: Literal["tiny", "t5-small", "t5-base", "gpt2-small", "smollm2-135m"] = field(
         default="t5-small", metadata={"help": "Size of the model."}
     )
     methods: list[str] = field(
@@ -66,6 +80,9 @@ class StepSettings(Settings):
     hidden: int = field(default=800, metadata={"help": "Hidden layer, M."})
     batch_size: int = field(default=8, metadata={"help": "Rows."})
     length: int = field(default=128, metadata={"help": "Tokens of each row."})
+    labels: int | None = field(
+        default=None, metadata={"help": "Labeled tokens at the end of each row; all when None."}
+    )
     dtype: str = field(default="float32", metadata={"help": "Dtype of the frozen model."})
     compile: bool = field(default=False, metadata={"help": "Compile the model."})
     memory: bool = field(
@@ -80,7 +97,7 @@ def make_config(method: str, settings: StepSettings) -> PeftConfig:
     if method == "LoRA":
         return LoraConfig(task_type=task_type, r=8)
     prompt = {"task_type": task_type, "num_virtual_tokens": settings.tokens}
-    if method == "residual":
+    if method.startswith("residual"):
         return ResidualPromptTuningConfig(**prompt, encoder_hidden_size=settings.hidden)
     if method == "P-tuning":
         return PromptEncoderConfig(**prompt, num_transformer_submodules=1, encoder_hidden_size=settings.hidden)
@@ -100,9 +117,13 @@ def make_step(method: str, settings: StepSettings) -> Callable[[], None]:
     base = build().to(settings.device, getattr(torch, settings.dtype))
     model = get_peft_model(base, make_config(method, settings)).train()
     disable_base_dropout(model)
+    if method == "residual, not shared" and task_type == "CAUSAL_LM":
+        model.share_prompt(False)
     optimizer = make_optimizer(model)
     ids = torch.randint(3, 30000, (settings.batch_size, settings.length), device=settings.device)
-    labels = ids[:, :8].contiguous() if task_type == "SEQ_2_SEQ_LM" else ids
+    labels = ids[:, :8].contiguous() if task_type == "SEQ_2_SEQ_LM" else ids.clone()
+    if settings.labels and task_type == "CAUSAL_LM":
+        labels[:, : -settings.labels] = -100
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     run = torch.compile(model) if settings.compile else model
 

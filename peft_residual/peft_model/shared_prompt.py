@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..storage.sharded import is_sharded
+from .dropout import active_dropout
 from .inputs import (
     Inputs,
     accepts_position_ids,
@@ -61,17 +62,11 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     if has_windows or getattr(base_model, "_is_stateful", False) or getattr(config, "output_router_logits", False):
         return False
     if base_model.training:
-        modules = list(base_model.modules())
-        if any(getattr(module, "gradient_checkpointing", False) for module in modules):
+        if any(getattr(module, "gradient_checkpointing", False) for module in base_model.modules()):
             return False
-        if any(_drops_out(module) for module in modules):
+        if any(True for _ in active_dropout(base_model)):
             return False
     return not is_sharded(base_model)
-
-
-def _drops_out(module: Any) -> bool:
-    names = ("p",) if isinstance(module, torch.nn.Dropout) else tuple(n for n in vars(module) if "dropout" in n)
-    return any(isinstance(getattr(module, name), float) and getattr(module, name) > 0 for name in names)
 
 
 def shared_forward(base_model: Any, word_embeddings: Any, prompt: BatchPrompt, inputs: Inputs) -> Any | None:
@@ -129,9 +124,10 @@ def _expanded(cache: Any, rows: int, length: int) -> Any | None:
     """The prompt's keys and values for every row, not copied; None if the cache is of another type."""
     from transformers import DynamicCache
 
-    states = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", ())]
-    if type(cache) is not DynamicCache or not all(
-        isinstance(state, Tensor) and state.ndim == 4 and state.shape[2] == length for pair in states for state in pair
-    ):
+    if type(cache) is not DynamicCache:
         return None
-    return DynamicCache([tuple(state.expand(rows, -1, -1, -1) for state in pair) for pair in states])
+    states: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    if not all(isinstance(state, Tensor) and state.ndim == 4 and state.shape[2] == length for state in states):
+        return None
+    expanded = [state.expand(rows, -1, -1, -1) for state in states]
+    return DynamicCache(list(zip(expanded[::2], expanded[1::2])))

@@ -14,9 +14,9 @@ from transformers.trainer_callback import TrainerCallback
 from ..config import ResidualPromptTuningConfig
 from ..encoder import ResidualPromptEncoder
 from ..peft_model.base import ResidualPeftModel
+from ..peft_model.dropout import active_dropout
 from ..peft_model.learning_rate import SMALLEST_LEARNING_RATE, published_learning_rate
 from ..storage.sharded import is_sharded
-from .dropout import active_dropout
 
 
 LARGEST_LEARNING_RATE = 10.0  # the largest in the paper
@@ -213,7 +213,7 @@ def _check_prompt_rate(config: ResidualPromptTuningConfig, rate: float) -> Itera
 
 
 def _check_dropout(model: ResidualPeftModel) -> Iterator[Finding]:
-    if active := [value for _, _, value in active_dropout(model)]:
+    if active := [value for _, _, value in active_dropout(model.base_model)]:
         message = f"The frozen base model applies dropout in {len(active)} places (up to {max(active):g})."
         remedy = "Call `disable_base_dropout(model)`, or load the base model without dropout."
         yield Finding("warning", "dropout", message, remedy)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 
 from peft import PeftModel
-from torch import nn
+
+from ..peft_model.dropout import active_dropout
 
 
 class BaseDropoutOff(ExitStack):
@@ -40,23 +40,7 @@ def disable_base_dropout(model: PeftModel) -> BaseDropoutOff:
     if not isinstance(model, PeftModel):
         raise ValueError(f"`model` must be a PeftModel, got {type(model).__name__}. Unwrap it first.")
     disabled = BaseDropoutOff()
-    for module, attribute, probability in list(active_dropout(model)):
+    for module, attribute, probability in list(active_dropout(model.base_model)):
         setattr(module, attribute, 0.0)
         disabled.callback(setattr, module, attribute, probability)
     return disabled
-
-
-def active_dropout(model: PeftModel) -> Iterator[tuple[nn.Module, str, float]]:
-    """Find all dropout probabilities above 0 in the frozen base model, as (module, attribute, value)."""
-    heads = [module for module in model.base_model.modules() if hasattr(module, "modules_to_save")]
-    trained = {id(module) for head in heads for module in head.modules()}
-    for module in model.base_model.modules():
-        if id(module) in trained:
-            continue
-        names = [name for name in vars(module) if "dropout" in name or name in ("layerdrop", "drop_prob")]
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            names = ["p"]
-        for name in names:
-            value = getattr(module, name)
-            if isinstance(value, float) and value > 0:
-                yield module, name, value
