@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import functools
+import threading
 from collections.abc import Collection, Mapping
 from typing import Any
 from weakref import WeakSet
@@ -21,6 +22,7 @@ from .storage import checkpoint
 from .storage.sharded import gathered_state, gathered_tensors
 
 
+_SKELETON_LOCK = threading.RLock()
 _LIVE: WeakSet[ResidualPromptEncoder] = WeakSet()
 
 
@@ -137,18 +139,13 @@ class ResidualPromptEncoder(BasePromptEncoder):
             # Taken from their modules one by one: that is where ZeRO-3 notices that it must gather them.
             parameters = {name: self.network.get_parameter(name) for name, _ in self.network.named_parameters()}
             tensors = {**parameters, **dict(self.network.named_buffers())}
-            return self._run(self._skeleton.train(self.network.training), embedding, tensors)
+            return self._run(embedding, tensors, training=self.network.training)
 
     @torch.no_grad()
     def project_state(self, state: Mapping[str, Tensor]) -> Tensor:
         """Compute the projected prompt of a gathered state, on the CPU, in float32, in eval mode, autocast off.
 
-        Args:
-            state (`Mapping[str, torch.Tensor]`): `embedding.weight` and `network.*`. Buffers that are not saved come
-                from the live network.
-
-        Returns:
-            `torch.Tensor`: `[P, H]`, float32, on the CPU.
+        `state` has `embedding.weight` and `network.*`. Buffers that are not saved come from the live network.
         """
         tensors = {name: buffer.cpu() for name, buffer in self.network.named_buffers()}
         for key, tensor in state.items():
@@ -156,14 +153,15 @@ class ResidualPromptEncoder(BasePromptEncoder):
                 tensors[key.removeprefix(checkpoint.NETWORK_PREFIX)] = tensor.cpu()
         embedding = state[checkpoint.EMBEDDING_KEY].cpu()
         with torch.autocast("cpu", enabled=False):
-            # A copy of the skeleton: other threads may be projecting too.
-            return self._run(copy.deepcopy(self._skeleton).eval(), embedding, tensors).clone()
+            return self._run(embedding, tensors, training=False).clone()
 
-    def _run(self, skeleton: nn.Module, embedding: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _run(self, embedding: Tensor, tensors: Mapping[str, Tensor], training: bool) -> Tensor:
         """`E' = E + φ(E)` in float32, with these weights in the skeleton."""
         embedding = embedding.float()
         floats = {name: t.float() if t.is_floating_point() else t for name, t in tensors.items()}
-        output = torch.func.functional_call(skeleton, floats, (embedding,), tie_weights=True)
+        # Other threads may run the skeleton too, with other weights. torch.compile does not know locks.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _SKELETON_LOCK:
+            output = torch.func.functional_call(self._skeleton.train(training), floats, (embedding,), tie_weights=True)
         return _add_skip(self.config, embedding, output)
 
     @functools.cached_property

@@ -263,6 +263,11 @@ def test_the_package_prints_nothing():
     assert "print" not in calls
 
 
+@pytest.mark.parametrize("name", TREES)
+def test_a_module_is_read_in_one_sitting(name):
+    assert len((PACKAGE / name).read_text(encoding="utf-8").splitlines()) <= 300
+
+
 def test_inputs_are_not_checked_with_assert():
     """`python -O` removes it."""
     found = [(name, n.lineno) for name, tree in TREES.items() for n in ast.walk(tree) if isinstance(n, ast.Assert)]

@@ -81,7 +81,9 @@ def new_adapters(save_directory: str | os.PathLike[str]) -> Iterator[Path]:
         for path in [*weights, *configs]:
             place = target / path.relative_to(scratch)
             place.parent.mkdir(exist_ok=True)
-            os.replace(path, place)
+            # A rename over a file makes some systems wait for the disk: an unchanged card or config stays.
+            if path.suffix == ".safetensors" or not place.is_file() or place.read_bytes() != path.read_bytes():
+                os.replace(path, place)
 
 
 def check_room(folder: str | os.PathLike[str], size: int) -> int:

@@ -98,8 +98,9 @@ def update_card(
         rows = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items())
         text = _put(text, "results", f"## Results\n\n| Metric | Value |\n|---|---|\n{rows}" if rows else "")
     card.text = "\n" + text.strip() + "\n"
-    with atomic.new_file(path, overwrite=True) as new:
-        card.save(new)
+    if not path.is_file() or path.read_text(encoding="utf-8") != str(card):
+        with atomic.new_file(path, overwrite=True) as new:
+            card.save(new)
     return path
 
 
