@@ -137,10 +137,11 @@ def test_by_default_long_prompts_are_shared_and_short_ones_are_not(shared):
     model = prompted(tiny_llama())
     model(**batch())
     assert not shared
-    model = get_peft_model(tiny_llama(), make_config(task_type="CAUSAL_LM", num_virtual_tokens=48))
+    model = get_peft_model(tiny_llama(), make_config(task_type="CAUSAL_LM", num_virtual_tokens=20))
     model(**batch())
     assert len(shared) == 1
-    model(**{name: value[:1] for name, value in batch().items()})
+    model(**{name: value[:1] for name, value in batch().items()})  # saves nothing
+    model(**{name: value.repeat(1, 15) for name, value in batch().items()})  # saves too little
     model.share_prompt(False)
     model(**batch())
     assert len(shared) == 1
