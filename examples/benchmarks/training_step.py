@@ -80,9 +80,7 @@ class StepSettings(Settings):
     hidden: int = field(default=800, metadata={"help": "Hidden layer, M."})
     batch_size: int = field(default=8, metadata={"help": "Rows."})
     length: int = field(default=128, metadata={"help": "Tokens of each row."})
-    labels: int | None = field(
-        default=None, metadata={"help": "Labeled tokens at the end of each row; all when None."}
-    )
+    labels: int = field(default=0, metadata={"help": "Labeled tokens at the end of each row; 0 for all."})
     dtype: str = field(default="float32", metadata={"help": "Dtype of the frozen model."})
     compile: bool = field(default=False, metadata={"help": "Compile the model."})
     memory: bool = field(

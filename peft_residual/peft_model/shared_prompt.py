@@ -29,8 +29,8 @@ from .inputs import (
 from .mixed_batch import BatchPrompt
 
 
-# What was measured to be faster: on a CPU, prompts of this length, if the model runs on this share of tokens less. With
-# less, the second pass through the model costs more than it saves (`examples/benchmarks/training_step.py`).
+# Measured to be faster on a CPU: prompts of this length, if the model runs on this share of tokens less. Otherwise the
+# second pass through the model costs more than it saves (`examples/benchmarks/training_step.py`).
 SHORTEST_PROMPT = 20
 SMALLEST_SAVING = 0.15
 
