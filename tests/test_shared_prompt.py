@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama
 from peft import get_peft_model
+from trainers import make_trainer
 from transformers import BertLMHeadModel, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
 
 from peft_residual import disable_base_dropout
@@ -200,3 +201,22 @@ def test_a_bidirectional_model_with_a_causal_head_is_not_shared(shared):
     model.share_prompt(True)
     model(**batch())
     assert not shared
+
+
+# --- trainers -------------------------------------------------------------------------------------------------------
+
+
+def test_a_trainer_gets_the_same_losses_and_the_same_prompt(shared, tmp_path):
+    losses, prompts = [], []
+    for share in (False, True):
+        config = {"encoder_dropout": 0.0, "num_virtual_tokens": P}
+        settings = {"max_steps": 20, "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+        trainer = make_trainer(tmp_path / str(share), "llama", config=config, **settings)
+        trainer.model.share_prompt(share)
+        trainer.train()
+        losses.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        losses[-1].append(trainer.evaluate()["eval_loss"])
+        prompts.append(trainer.model.get_prompt_embedding_to_save("default"))
+    assert len(shared) == 40 + 2 and len(losses[0]) == 21
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert (prompts[1] - prompts[0]).norm() <= 1e-5 * prompts[0].norm()
