@@ -5,7 +5,15 @@ import torch
 from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 from trainers import make_trainer
-from transformers import BertLMHeadModel, MistralConfig, MistralForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    BertLMHeadModel,
+    BloomConfig,
+    BloomForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from peft_residual import disable_base_dropout
 from peft_residual.peft_model import causal_lm
@@ -166,6 +174,15 @@ def test_where_it_would_not_be_exact_the_usual_way_is_taken(build, change, share
     assert not can_share(model.base_model, model.batch_prompt(B), batch())
     model(**batch()).loss.backward()
     assert not shared
+
+
+def test_left_padding_needs_a_model_that_takes_positions(shared):
+    base = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2))
+    model = prompted(base)
+    for side, count in (("left", 0), ("none", 1)):
+        found, expected = compare(model, batch(side))
+        torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+        assert len(shared) == count
 
 
 def test_dropout_does_not_matter_in_evaluation(shared):

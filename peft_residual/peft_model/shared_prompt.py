@@ -57,7 +57,8 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
 
     False with different prompts in a batch; with dropout in the base model, which would be the same for all rows; with
     gradient checkpointing, where transformers keeps no cache; for models whose cache is not only keys and values of
-    all positions (state spaces, sliding windows); and for sharded and compiled models.
+    all positions (state spaces, sliding windows); with left padding, if the model takes no `position_ids`; and for
+    sharded and compiled models.
     """
     if not prompt.is_shared or prompt.embeds.shape[1] < 2:
         return False
@@ -67,9 +68,16 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
         return False
     config = base_model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    has_windows = any(kind != "full_attention" for kind in kinds) if kinds else getattr(config, "sliding_window", None)
+    has_windows = (
+        any(kind != "full_attention" for kind in kinds)
+        if kinds
+        else any(getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window"))
+    )
     if has_windows or getattr(base_model, "_is_stateful", False) or getattr(config, "output_router_logits", False):
         return False
+    mask = inputs.get("attention_mask")
+    if mask is not None and not accepts_position_ids(base_model) and not mask[:, 0].all():
+        return False  # distances may be counted in columns, and padding would be between prompt and text
     if base_model.training:
         if any(getattr(module, "gradient_checkpointing", False) for module in base_model.modules()):
             return False
