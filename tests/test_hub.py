@@ -207,10 +207,17 @@ def test_what_a_user_wrote_into_the_card_on_the_hub_outlives_the_next_push(clien
 def test_the_trainer_pushes_every_save_and_a_card_with_its_results(client, hub, tmp_path):
     client(f"""
         from trainers import STEPS, make_trainer
+        from transformers import TrainerCallback
+        class Wait(TrainerCallback):
+            # The Trainer's next push writes over the files that an unfinished one is uploading.
+            def on_step_begin(self, args, state, control, **kwargs):
+                if trainer.push_in_progress is not None:
+                    trainer.push_in_progress.wait_until_done()
         settings = dict(push_to_hub=True, hub_model_id="someone/trained", hub_strategy="every_save")
         trainer = make_trainer(
             {str(tmp_path / "out")!r}, eval_strategy="steps", eval_steps=STEPS, hub_always_push=True, **settings
         )
+        trainer.add_callback(Wait())
         trainer.train()
         trainer.push_to_hub()
         model = trainer.model
