@@ -8,16 +8,19 @@ import functools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from pathlib import Path
 
 
 ROOT = Path(__file__).resolve().parents[1]
+PATIENCE = 240  # seconds; then the process prints where it hangs, and is killed
 SERVER = """
-import json, os, signal, sys, traceback
+import faulthandler, json, os, signal, sys, traceback
 import peft, torch
 from transformers import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, T5ForConditionalGeneration
 from transformers import Trainer
@@ -29,6 +32,7 @@ def run(code, args, folder, output):
     for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
         path, flags = (os.devnull, os.O_RDONLY) if name == "stdin" else (f"{output}/{name}", os.O_WRONLY | os.O_CREAT)
         os.dup2(os.open(path, flags), descriptor)
+    faulthandler.register(signal.SIGUSR1)
     sys.argv = ["-c", *args]
     try:
         exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
@@ -59,6 +63,7 @@ for line in sys.stdin:
 def server():
     """The process that is forked; it ends with this one, which closes its input."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0"}  # PEFT writes sets in their order
+    env["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # the others have threads, and a fork may inherit a lock of theirs
     command = [sys.executable, "-W", "ignore", "-c", SERVER]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
@@ -78,6 +83,10 @@ class Process:
 
     def wait(self):
         """The exit status and what was printed, as `subprocess.run` gives them."""
+        if not select.select([server().stdout], [], [], PATIENCE)[0]:
+            os.kill(self.pid, signal.SIGUSR1)
+            time.sleep(1)
+            os.killpg(self.pid, signal.SIGKILL)
         status = int(server().stdout.readline())
         with self.output as folder:
             stdout, stderr = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))

@@ -20,6 +20,7 @@ from .inputs import (
     reorder,
     text_of,
 )
+from .label_logits import at_labels, check_label_logits
 from .mixed_batch import BatchPrompt
 from .prompt_cache import PromptCache
 from .shared_prompt import can_share, pays_to_share, shared_forward
@@ -31,6 +32,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
     has_token_labels = True
     _prompt_cache: PromptCache | None = None
     _share_prompt: bool | None = None
+    _logits_at_labels: bool = False
 
     def enable_prompt_cache(self) -> None:
         """Compute the active prompt's keys and values once, and reuse them for every batch.
@@ -67,6 +69,23 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         """
         self._share_prompt = enabled
 
+    def compute_logits_at_labels(self, enabled: bool = True) -> None:
+        """Set whether `forward` with `labels` computes logits only at the positions that predict a label.
+
+        Loss and gradients are the same. `outputs.logits` is then `[B, K, V]`: one column for each of the `K` positions
+        at which any row of the batch has a label, in their order. Leave it off if something reads the logits of a
+        batch with labels by position, such as `compute_metrics` or TRL's token accuracy.
+
+        Args:
+            enabled (`bool`): False gives PEFT's shape again, `[B, P + L, V]`.
+
+        Raises:
+            ValueError: If the base model cannot leave out logits, or computes its loss in its own way.
+        """
+        if enabled:
+            check_label_logits(self.base_model)
+        self._logits_at_labels = enabled
+
     def continue_from_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs | None:
         """Inputs `[B, P + L]` with the prompt's keys and values in `past_key_values`; None if they cannot be used."""
         mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
@@ -100,7 +119,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         if prompt.lengths is not None and inputs.get("labels") is not None:
             is_first = inputs["attention_mask"].cumsum(-1) == 1
             inputs["labels"] = inputs["labels"].masked_fill(is_first & (prompt.lengths == 0).unsqueeze(1), -100)
-        return inputs
+        return at_labels(inputs) if self._logits_at_labels else inputs
 
     def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model. `past_key_values` that are not empty already contain the prompt."""
@@ -112,7 +131,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             outputs = None
             share = pays_to_share(prompt, inputs) if self._share_prompt is None else self._share_prompt
             if share and self.is_decoder_only() and can_share(self.base_model, prompt, inputs):
-                outputs = shared_forward(self.base_model, self.word_embeddings, prompt, inputs)
+                outputs = shared_forward(self.base_model, self.word_embeddings, prompt, inputs, self._logits_at_labels)
             return super().prompted_forward(prompt, inputs) if outputs is None else outputs
         length = prompt.embeds.shape[1]
         cached["inputs_embeds"] = cached["inputs_embeds"][:, length:]

@@ -26,6 +26,7 @@ from .inputs import (
     reorder,
     text_of,
 )
+from .label_logits import at_labels
 from .mixed_batch import BatchPrompt
 
 
@@ -86,8 +87,16 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     return not is_sharded(base_model)
 
 
-def shared_forward(base_model: Any, word_embeddings: Any, prompt: BatchPrompt, inputs: Inputs) -> Any | None:
+def shared_forward(
+    base_model: Any, word_embeddings: Any, prompt: BatchPrompt, inputs: Inputs, logits_at_labels: bool = False
+) -> Any | None:
     """Run the base model with one prompt for all rows.
+
+    Args:
+        base_model, word_embeddings (`torch.nn.Module`): The base model and its word embeddings.
+        prompt (`BatchPrompt`): The prompt, the same for all rows.
+        inputs (`dict`): What the base model takes, without the prompt.
+        logits_at_labels (`bool`): Whether only logits that predict a label are computed, if there are labels.
 
     Returns:
         `transformers.modeling_outputs.ModelOutput`: With logits `[B, P + L, V]` as in the usual way. None if the
@@ -101,10 +110,6 @@ def shared_forward(base_model: Any, word_embeddings: Any, prompt: BatchPrompt, i
     rows, length = text_of(inputs).shape[0], prompt.embeds.shape[1]
     input_ids, embeds = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
     embeds = word_embeddings(input_ids) if embeds is None else embeds
-    first = base_model(inputs_embeds=prompt.embeds[:1, :-1].to(embeds), past_key_values=DynamicCache(), use_cache=True)
-    cache = _expanded(first.past_key_values, rows, length - 1)
-    if cache is None:
-        return None
     mask, position_ids = inputs.pop("attention_mask", None), inputs.pop("position_ids", None)
     mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device) if mask is None else mask
     inputs["attention_mask"] = extend_mask(mask, prompt)
@@ -125,13 +130,25 @@ def shared_forward(base_model: Any, word_embeddings: Any, prompt: BatchPrompt, i
             refuse_packing(position_ids, mask)
             positions = extend_positions(position_ids.expand(rows, -1), prompt)[:, length - 1 :]
             inputs["position_ids"] = reorder(positions, order)
+    if logits_at_labels:
+        inputs = at_labels(inputs)
+    has_all_logits = "logits_to_keep" not in inputs
+    # A tensor, not 1: slices of hidden states make torch copy the output layer's weights for every row.
+    few = {} if has_all_logits else {"logits_to_keep": torch.tensor([-1], device=embeds.device)}
+    first = base_model(
+        inputs_embeds=prompt.embeds[:1, :-1].to(embeds), past_key_values=DynamicCache(), use_cache=True, **few
+    )
+    cache = _expanded(first.past_key_values, rows, length - 1)
+    if cache is None:
+        return None
     outputs = base_model(**{**inputs, "past_key_values": cache, "use_cache": True, "return_dict": True})
     # The model has computed its loss. What follows gives the logits the shape and order of the usual way.
-    logits = torch.cat([first.logits.expand(rows, -1, -1), outputs.logits], dim=1)
-    if moved.any():
-        is_padding = torch.arange(embeds.shape[1] + 1, device=moved.device) < moved.sum(-1, keepdim=True)
-        logits = reorder(logits, padding_first(is_padding, length - 1))
-    outputs.logits = logits
+    if has_all_logits:
+        logits = torch.cat([first.logits.expand(rows, -1, -1), outputs.logits], dim=1)
+        if moved.any():
+            is_padding = torch.arange(embeds.shape[1] + 1, device=moved.device) < moved.sum(-1, keepdim=True)
+            logits = reorder(logits, padding_first(is_padding, length - 1))
+        outputs.logits = logits
     if inputs.get("use_cache") is False:
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})
     return outputs if wants_dict else outputs.to_tuple()
