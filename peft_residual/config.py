@@ -53,6 +53,9 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
             output can then have any scale. Not in the paper.
         encoder_zero_init (`bool`): Whether the network's last weights are initialized with zeros (MLP1 and MLP2), so
             that training starts at `E' = E`. Not in the paper.
+        encoder_scale (`float`, *optional*): The unit `s` of prompt and network: `E' = s·(e + φ(e))`, trained as `e`.
+            None measures the root mean square of the base model's word embeddings when the model is built, and records
+            it here: `e` then has values around 1 with every base model, so that settings carry over. 1.0 is the paper.
         encoder_activation (`str`): A name of transformers' activation table, such as `"relu"` or `"tanh"`.
         encoder_dropout (`float`): Dropout probability inside the network, in `[0, 1)`.
         encoder_num_attention_heads (`int`): Attention heads of `"TRANSFORMER"`; must divide `H`.
@@ -81,6 +84,7 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
     encoder_layer_norm: bool = True
     encoder_norm_first: bool = False
     encoder_zero_init: bool = False
+    encoder_scale: Optional[float] = 1.0
     encoder_activation: str = "relu"
     encoder_dropout: float = 0.0
     encoder_num_attention_heads: int = 8
@@ -108,6 +112,8 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         check_fields(self, is_from_file)
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 1
+        if is_from_file and self.encoder_scale is None:
+            self.encoder_scale = 1.0  # saved before there was a unit
         self.peft_type = PEFT_TYPE
         if not is_from_file:
             for message in unused_fields(self):
@@ -145,6 +151,19 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         """Whether the prompt embedding is added to the network's output: if set, and if the network can have it."""
         entry = REPARAMETERIZATIONS[self.encoder_reparameterization_type]
         return self.encoder_residual and "encoder_residual" not in entry.unused_fields
+
+    @property
+    def scale(self) -> float:
+        """The unit of prompt and network; 1 if the prompt embedding holds mixing weights, which have no unit.
+
+        Raises:
+            ValueError: If `encoder_scale` is None: no model has been built with this config yet.
+        """
+        if self.mixes_vocabulary:
+            return 1.0
+        if self.encoder_scale is None:
+            raise ValueError("`encoder_scale` is None: it is measured when a model is built. Set a number.")
+        return self.encoder_scale
 
     @property
     def mixes_vocabulary(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from types import UnionType
@@ -98,6 +99,13 @@ def _check_network_fields(config: Any) -> None:
     dropout = config.encoder_dropout
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
         raise ValueError(f"`encoder_dropout` is a probability in [0, 1), got {dropout!r}. Use 0.0 for none.")
+    scale = config.encoder_scale
+    if scale is not None and (
+        isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < math.inf
+    ):
+        raise ValueError(
+            f"`encoder_scale` must be a positive number, or None to measure the model's embeddings, got {scale!r}."
+        )
     has_weights = _activation_has_weights(config)
     if not config.encoder_shared and "encoder_shared" not in entry.unused_fields:
         if not entry.per_token:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from .config import ResidualPromptTuningConfig
 from .config_checks import check_token_dim, check_width
-from .initialization import initialize_prompt
+from .initialization import initialize_prompt, random_sources
 from .networks import build_network, build_network_to_load
 from .storage import checkpoint
 from .storage.sharded import gathered_state, gathered_tensors
+from .word_embeddings import embedding_scale
 
 
 _SKELETON_LOCK = threading.RLock()
@@ -29,9 +30,10 @@ _LIVE: WeakSet[ResidualPromptEncoder] = WeakSet()
 class ResidualPromptEncoder(BasePromptEncoder):
     """Soft prompt trained through a network: `E' = E + φ(E)` (Razdaibiedina et al., 2023, section 3).
 
+    With a unit `s` (`config.encoder_scale`, 1 in the paper) it is `E' = s·(e + φ(e))`, where `e = E / s` is trained.
+
     It is `model.prompt_encoder[adapter_name]`. `P` is the number of virtual tokens, `H` the width of the embeddings.
-    While trainable, it computes the projected prompt at every call. When frozen, it computes it once, without dropout:
-    inference costs the same as with plain prompt tuning.
+    While trainable, it computes the projected prompt at every call; when frozen, once, without dropout.
 
     Args:
         config ([`ResidualPromptTuningConfig`]): With `token_dim` filled in.
@@ -40,8 +42,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
     **Attributes**:
         - **config** ([`ResidualPromptTuningConfig`]) -- The adapter's configuration.
-        - **embedding** (`torch.nn.Embedding`) -- The prompt embedding `E`, `embedding.weight` `[P, H]`, float32. For a
-          network that mixes `M` rows of the vocabulary, their weights `[P, M]`.
+        - **embedding** (`torch.nn.Embedding`) -- The prompt embedding in units of `s`: `embedding.weight` `[P, H]`,
+          float32. For a network that mixes `M` rows of the vocabulary, their weights `[P, M]`.
         - **network** (`torch.nn.Module`) -- The network `φ`, float32.
 
     Raises:
@@ -55,14 +57,18 @@ class ResidualPromptEncoder(BasePromptEncoder):
     ) -> None:
         check_token_dim(config)
         check_width(config, word_embeddings)
+        if config.encoder_scale is None and not config.mixes_vocabulary:
+            config.encoder_scale = embedding_scale(word_embeddings)
         with torch.device("cpu"):  # even if the user has set another default device: PEFT moves the encoder
-            generator, network_seed = _random_sources(config)
+            generator, network_seed = random_sources(config)
             network = build_network(config, network_seed)
             embedding = initialize_prompt(config, word_embeddings, generator, special_ids)
             if config.mixes_vocabulary:  # token i is initialized as row i, modulo the number of rows
                 network.get_buffer("rows").copy_(embedding)
                 mixed = torch.arange(config.total_virtual_tokens) % len(embedding)
                 embedding = nn.functional.one_hot(mixed, len(embedding)).float()
+            else:
+                embedding = embedding / config.scale
         self._assemble(config, embedding, network)
 
     @classmethod
@@ -80,7 +86,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
             ValueError: If the state does not fit the config, or does not result in `projected`.
         """
         check_token_dim(config)
-        network = build_network_to_load(config, _random_sources(config)[1])
+        network = build_network_to_load(config, random_sources(config)[1])
         own = {checkpoint.NETWORK_PREFIX + name: tensor for name, tensor in network.state_dict().items()}
         is_meta = any(tensor.is_meta for tensor in own.values())
         own[checkpoint.EMBEDDING_KEY] = torch.empty(config.total_virtual_tokens, config.embedding_width, device="meta")
@@ -125,6 +131,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         return prompt if indices is None else prompt[indices]
 
     @property
+    def prompt_embedding(self) -> Tensor:
+        """The prompt embedding in the base model's units, `E = s·e`: `[P, H]`, comparable to its word embeddings."""
+        return self.config.scale * self.embedding.weight
+
+    @property
     def is_trainable(self) -> bool:
         """Whether any weight of the prompt or its network takes a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters())
@@ -135,7 +146,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         # Autocast off: training computes the prompt in the precision in which it is saved.
         with torch.autocast(embedding.device.type, enabled=False):
             if embedding.dtype not in (torch.float16, torch.bfloat16):
-                return _add_skip(self.config, embedding, self.network(embedding))
+                return _prompt_of(self.config, embedding, self.network(embedding))
             # Taken from their modules one by one: that is where ZeRO-3 notices that it must gather them.
             parameters = {name: self.network.get_parameter(name) for name, _ in self.network.named_parameters()}
             tensors = {**parameters, **dict(self.network.named_buffers())}
@@ -162,11 +173,11 @@ class ResidualPromptEncoder(BasePromptEncoder):
         # Other threads may run the skeleton too, with other weights. torch.compile does not know locks.
         with contextlib.nullcontext() if torch.compiler.is_compiling() else _SKELETON_LOCK:
             output = torch.func.functional_call(self._skeleton.train(training), floats, (embedding,), tie_weights=True)
-        return _add_skip(self.config, embedding, output)
+        return _prompt_of(self.config, embedding, output)
 
     @functools.cached_property
     def _skeleton(self) -> nn.Module:
-        """The network without weights and hooks of trainers. `cached_property` keeps it out of the submodules."""
+        """The network without weights and hooks of trainers; cached, so that it is no submodule."""
         return build_network_to_load(self.config, 0).to("meta")
 
     def frozen_projection(self) -> Tensor:
@@ -218,10 +229,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
     ) -> dict[str, Tensor]:
         prefix = f"prompt_encoder.{adapter_name}."
         encoder: Any = model.prompt_encoder[adapter_name]
-        names = [
-            checkpoint.EMBEDDING_KEY,
-            *(checkpoint.NETWORK_PREFIX + name for name in encoder._skeleton.state_dict()),
-        ]
+        network = [checkpoint.NETWORK_PREFIX + name for name in encoder._skeleton.state_dict()]
+        names = [checkpoint.EMBEDDING_KEY, *network]
         state = gathered_tensors({name: state_dict[prefix + name] for name in names if prefix + name in state_dict})
         embedding = state.get(checkpoint.EMBEDDING_KEY)
         if embedding is None:
@@ -287,12 +296,5 @@ def is_in_use(config: ResidualPromptTuningConfig) -> bool:
     return any(encoder.config is config for encoder in list(_LIVE))
 
 
-def _add_skip(config: ResidualPromptTuningConfig, embedding: Tensor, output: Tensor) -> Tensor:
-    return embedding + output if config.has_skip else output
-
-
-def _random_sources(config: ResidualPromptTuningConfig) -> tuple[torch.Generator, int]:
-    """The generator for the prompt embedding, and the seed for the network, of another stream of random numbers."""
-    seed = config.prompt_tuning_init_seed
-    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
-    return generator, int(torch.randint(2**62, (), generator=generator, device="cpu"))
+def _prompt_of(config: ResidualPromptTuningConfig, embedding: Tensor, output: Tensor) -> Tensor:
+    return config.scale * (embedding + output if config.has_skip else output)

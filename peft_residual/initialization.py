@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .config import ResidualPromptTuningConfig
 from .registry import INITIALIZATIONS
 from .storage.files import read_prompt
-from .storage.sharded import gathered
+from .word_embeddings import look_up, num_rows
 
 
 Initializer = Callable[..., Tensor]
@@ -70,6 +70,13 @@ def initialize_prompt(
             f"{expected} (virtual tokens, token_dim). Its source must have the width of the model's embeddings."
         )
     return prompt.detach().to("cpu", torch.float32, copy=True)
+
+
+def random_sources(config: ResidualPromptTuningConfig) -> tuple[torch.Generator, int]:
+    """The generator for the prompt embedding, and the seed for the network, of another stream of random numbers."""
+    seed = config.prompt_tuning_init_seed
+    generator = torch.Generator().manual_seed(torch.initial_seed() if seed is None else seed)
+    return generator, int(torch.randint(2**62, (), generator=generator, device="cpu"))
 
 
 def most_common_token_ids(texts: Iterable[str], tokenizer: Any, limit: int = 5000) -> list[int]:
@@ -143,13 +150,6 @@ def sample_rows(
     return look_up(word_embeddings, sampled)
 
 
-def look_up(word_embeddings: nn.Module, token_ids: Sequence[int]) -> Tensor:
-    """Read rows through the embedding module: `[len(token_ids), H]`, float32, on the CPU, detached."""
-    device = next(word_embeddings.parameters()).device
-    with torch.no_grad(), gathered(word_embeddings.parameters()):
-        return word_embeddings(torch.tensor(token_ids, device=device)).to("cpu", torch.float32)
-
-
 def excluded_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module) -> set[int]:
     """Rows that no initialization may sample: the padding row and, with a tokenizer, its special and unused tokens.
 
@@ -166,11 +166,6 @@ def excluded_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module)
         ids.update(i for token, i in tokenizer.get_vocab().items() if _UNUSED_TOKEN.fullmatch(token))
         ids.update(range(len(tokenizer), num_rows(word_embeddings)))
     return ids
-
-
-def num_rows(word_embeddings: nn.Module) -> int:
-    """Rows of the embedding table, `V`."""
-    return int(getattr(word_embeddings, "num_embeddings", 0)) or next(word_embeddings.parameters()).shape[0]
 
 
 def _tokenizer(config: ResidualPromptTuningConfig) -> Any:

@@ -267,7 +267,7 @@ class Transformer(nn.Module):
 
 @register_reparameterization(
     "SUPERPOS",
-    unused_fields=("encoder_activation", *_ATTENTION, *_MLP_OPTIONS, *_LAYER_OPTIONS),
+    unused_fields=("encoder_activation", "encoder_scale", *_ATTENTION, *_MLP_OPTIONS, *_LAYER_OPTIONS),
     mixes_vocabulary=True,
 )
 class Superposition(nn.Module):

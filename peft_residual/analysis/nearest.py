@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..config import ResidualPromptTuningConfig
 from ..export.prompt_tuning import get_prompt_tensor
 from ..export.shared import find_adapter
-from ..initialization import look_up, num_rows
+from ..word_embeddings import look_up, num_rows
 
 
 METRICS = ("cosine", "euclidean")
@@ -93,7 +93,7 @@ def prompts_of(model: PeftModel, adapter_name: str | None) -> tuple[str, PromptT
     name, config = find_adapter(model, adapter_name, PromptTuningConfig)
     encoder: Any = model.prompt_encoder[name]
     projected = get_prompt_tensor(model, name).detach().float().cpu()
-    return name, config, projected, encoder.embedding.weight.detach().float().cpu() if has_embedding(config) else None
+    return name, config, projected, encoder.prompt_embedding.detach().float().cpu() if has_embedding(config) else None
 
 
 def has_embedding(config: PromptTuningConfig) -> bool:

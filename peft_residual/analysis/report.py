@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from ..config import ResidualPromptTuningConfig
 from ..encoder import ResidualPromptEncoder
-from ..initialization import look_up
 from ..peft_model.adapters import special_ids
 from ..storage.checkpoint import EMBEDDING_KEY
 from ..storage.saved_adapter import read_adapter
+from ..word_embeddings import look_up
 from .nearest import NearestTokens, check_k, has_embedding, in_parts, nearest_tokens, prompts_of, vocabulary_of
 
 
@@ -204,7 +204,7 @@ def _initial_prompt(config: PromptTuningConfig, model: Any) -> tuple[Tensor | No
         encoder = ResidualPromptEncoder(copy.deepcopy(config), model.word_embeddings, special_ids(model.base_model))
     except (ValueError, OSError) as error:  # its tokenizer or its source is missing
         return None, str(error)
-    return (encoder.embedding.weight if has_embedding(config) else encoder.eval().project()).detach(), None
+    return (encoder.prompt_embedding if has_embedding(config) else encoder.eval().project()).detach(), None
 
 
 def _to_list(values: Tensor | None) -> list[float] | None:

@@ -17,13 +17,13 @@ from ..peft_model.base import ResidualPeftModel
 from ..peft_model.dropout import active_dropout
 from ..peft_model.learning_rate import SMALLEST_LEARNING_RATE, published_learning_rate
 from ..storage.sharded import is_sharded
+from ..word_embeddings import vocabulary_sample
 
 
 LARGEST_LEARNING_RATE = 10.0  # the largest in the paper
 LARGEST_MIXING_RATE = 0.1  # where the prompt embedding holds mixing weights of about 1
 LARGEST_HEAD_LEARNING_RATE = 0.01
 LARGEST_NORM_RATIO = 10.0  # between rows of the projected prompt and of the vocabulary, either way
-VOCABULARY_SAMPLE = 4096
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,7 @@ def _check_gradients(encoder: ResidualPromptEncoder) -> Iterator[Finding]:
 def _check_norm(model: ResidualPeftModel) -> Iterator[Finding]:
     # The prompt to save is computed without dropout, so the random state that training starts from does not advance.
     prompt = model.get_prompt_embedding_to_save(model.active_adapter).norm(dim=1).median().item()
-    weight = model.word_embeddings.weight
-    ids = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // VOCABULARY_SAMPLE), device=weight.device)
-    vocabulary = model.word_embeddings(ids).float().norm(dim=1).median().item()
+    vocabulary = vocabulary_sample(model.word_embeddings).norm(dim=1).median().item()
     if prompt > vocabulary * LARGEST_NORM_RATIO or prompt * LARGEST_NORM_RATIO < vocabulary:
         message = f"The projected prompt's rows have a median norm of {prompt:.3g}, the vocabulary's {vocabulary:.3g}."
         remedy = (
