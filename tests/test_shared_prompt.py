@@ -131,6 +131,42 @@ def test_a_trained_head_gets_the_same_gradients(shared):
     assert len(shared) == 1
 
 
+@pytest.mark.parametrize("build", (tiny_llama, tiny_gpt2, tiny_opt))
+@pytest.mark.parametrize("side", ("left", "right"))
+def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(build, side, shared):
+    model = prompted(build())
+    expected, expected_gradients = run(model, batch(side), False)
+    model.base_model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()
+    layer = next(m for m in model.base_model.modules() if hasattr(m, "_can_checkpoint_with_cache"))
+    found, gradients = run(model, batch(side), True)
+    assert len(shared) == 1
+    assert layer.gradient_checkpointing and not layer._can_checkpoint_with_cache
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
+    for name, gradient in expected_gradients.items():
+        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+    assert found.past_key_values is None
+    attention = next(module for name, module in model.base_model.named_modules() if name.endswith("attn"))
+    calls = []
+    attention.register_forward_hook(lambda *_: calls.append(1))
+    model.share_prompt(True)
+    model(**batch(side)).loss.backward()
+    assert len(calls) == 4  # prompt and text, each in the forward and in the backward pass
+
+
+@pytest.mark.parametrize("side", ("none", "left", "both"))
+@pytest.mark.parametrize("kept", (1, 3))
+def test_logits_of_the_last_tokens_are_those_of_the_usual_way(side, kept, shared):
+    model, inputs = prompted(tiny_llama()), batch(side)
+    inputs.pop("labels")
+    is_text = inputs["attention_mask"][:, -kept:].bool()
+    found, expected = compare(
+        model, {**inputs, "logits_to_keep": kept}, loss=lambda o: o.logits[is_text].square().sum()
+    )
+    assert len(shared) == 1 and found.logits.shape == (B, kept, 64)
+    torch.testing.assert_close(found.logits[is_text], expected.logits[is_text], rtol=1e-5, atol=1e-5)
+
+
 def test_tuples_and_no_cache_are_what_was_asked_for(shared):
     model = prompted(tiny_llama())
     model.share_prompt(True)
@@ -160,11 +196,11 @@ def test_by_default_long_prompts_are_shared_and_short_ones_are_not(shared):
     ("build", "change"),
     [
         (lambda: tiny_mistral(sliding_window=5), None),
-        (tiny_llama, lambda model: model.base_model.gradient_checkpointing_enable()),
+        (tiny_llama, lambda model: model.base_model.gradient_checkpointing_enable({"use_reentrant": True})),
         (tiny_gpt2, lambda model: setattr(model.base_model.transformer.drop, "p", 0.5)),
         (tiny_llama, lambda model: setattr(model.base_model.model.layers[0].self_attn, "attention_dropout", 0.5)),
     ],
-    ids=("window", "checkpointing", "dropout module", "attention dropout"),
+    ids=("window", "reentrant checkpointing", "dropout module", "attention dropout"),
 )
 def test_where_it_would_not_be_exact_the_usual_way_is_taken(build, change, shared):
     model = prompted(build())

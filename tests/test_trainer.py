@@ -15,7 +15,8 @@ import sys
 sys.path.insert(0, "tests")
 from conftest import torch
 from trainers import make_trainer
-trainer = make_trainer(sys.argv[1], name=sys.argv[2], config={"encoder_reparameterization_type": sys.argv[3]})
+config = {"encoder_reparameterization_type": sys.argv[3], "num_virtual_tokens": int(sys.argv[4])}
+trainer = make_trainer(sys.argv[1], name=sys.argv[2], config=config)
 trainer.train(resume_from_checkpoint=True)
 """
 
@@ -34,12 +35,18 @@ def assert_same_state(left, right):
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(other["state"][index][key])), (index, key)
 
 
-RESUMED = [("t5", "MLP1"), ("llama", "TRANSFORMER"), ("bert-sequence", "MLP2"), ("gpt2", "SUPERPOS")]
+RESUMED = [
+    ("t5", "MLP1", 4),
+    ("llama", "TRANSFORMER", 4),
+    ("llama", "MLP1", 24),  # long enough to be shared by the rows of a batch
+    ("bert-sequence", "MLP2", 4),
+    ("gpt2", "SUPERPOS", 4),
+]
 
 
-@pytest.mark.parametrize("name, kind", RESUMED)
-def test_resuming_in_a_new_process_equals_never_having_stopped(name, kind, tmp_path):
-    config = {"encoder_reparameterization_type": kind}
+@pytest.mark.parametrize("name, kind, tokens", RESUMED)
+def test_resuming_in_a_new_process_equals_never_having_stopped(name, kind, tokens, tmp_path):
+    config = {"encoder_reparameterization_type": kind, "num_virtual_tokens": tokens}
     straight = tmp_path / "straight"
     make_trainer(straight, name, config=config).train()
 
@@ -50,7 +57,7 @@ def test_resuming_in_a_new_process_equals_never_having_stopped(name, kind, tmp_p
     interrupted = tmp_path / "interrupted"
     make_trainer(interrupted, name, config=config, callbacks=[Stop()]).train()
     assert not (interrupted / f"checkpoint-{2 * STEPS}").exists()
-    run_python(RESUME_PROCESS, interrupted, name, kind).check_returncode()
+    run_python(RESUME_PROCESS, interrupted, name, kind, tokens).check_returncode()
     assert_same_state(*(folder / f"checkpoint-{2 * STEPS}" for folder in (straight, interrupted)))
     start, end = (load_file(straight / f"checkpoint-{n}/adapter_model.safetensors") for n in (STEPS, 2 * STEPS))
     frozen = {key for key in start if torch.equal(start[key], end[key])}

@@ -6,9 +6,10 @@ from conftest import make_config, tiny_llama
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_residual import ResidualOptimizerFactory, disable_base_dropout, get_prompt_tensor
+from peft_residual.peft_model import causal_lm
 
 
 ROWS = [
@@ -19,7 +20,16 @@ ROWS = [
 ] * 4
 
 
-def make_trainer(folder, tokenizer, callbacks=(), **settings):
+@pytest.fixture
+def shared(monkeypatch):
+    """How often a prompt was shared."""
+    calls = []
+    original = causal_lm.shared_forward
+    monkeypatch.setattr(causal_lm, "shared_forward", lambda *args: calls.append(1) or original(*args))
+    return calls
+
+
+def make_trainer(folder, tokenizer, callbacks=(), num_virtual_tokens=4, **settings):
     values = {
         "output_dir": str(folder),
         "max_steps": 4,
@@ -31,7 +41,9 @@ def make_trainer(folder, tokenizer, callbacks=(), **settings):
         "seed": 3,
     }
     torch.manual_seed(0)  # the same frozen model each time
-    config = make_config(task_type="CAUSAL_LM", prompt_tuning_init_seed=0, encoder_dropout=0.2)
+    config = make_config(
+        task_type="CAUSAL_LM", prompt_tuning_init_seed=0, encoder_dropout=0.2, num_virtual_tokens=num_virtual_tokens
+    )
     trainer = SFTTrainer(
         tiny_llama(attention_dropout=0.5),
         SFTConfig(**{**values, **settings}),
@@ -94,3 +106,64 @@ def test_rows_that_hold_several_texts_are_refused(settings, tmp_path, tokenizer)
     trainer = make_trainer(tmp_path, tokenizer, **settings)
     with pytest.raises(ValueError, match="packing=False"):
         trainer.train()
+
+
+# --- one prompt for all rows of a batch -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradient_checkpointing", (True, False))
+def test_supervised_training_learns_the_same_with_a_shared_prompt(gradient_checkpointing, tmp_path, tokenizer, shared):
+    logs, prompts = [], []
+    for share in (False, None):
+        trainer = make_trainer(
+            tmp_path / str(share),
+            tokenizer,
+            num_virtual_tokens=20,
+            max_steps=20,
+            logging_steps=1,
+            save_strategy="no",
+            bf16=False,
+            gradient_checkpointing=gradient_checkpointing,
+        )
+        trainer.model.share_prompt(share)
+        trainer.train()
+        names = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+        logs.append([entry[name] for entry in trainer.state.log_history if "loss" in entry for name in names])
+        prompts.append(get_prompt_tensor(trainer.model))
+        assert len(shared) == (0 if share is False else 20)
+    assert logs[1] == pytest.approx(logs[0], rel=1e-5)
+    assert (prompts[1] - prompts[0]).norm() <= 1e-5 * prompts[0].norm()
+
+
+def test_policy_optimization_learns_the_same_with_a_shared_prompt(tmp_path, tokenizer, shared):
+    prompts = []
+    for share in (False, None):
+        torch.manual_seed(0)
+        trainer = GRPOTrainer(
+            tiny_llama(),
+            reward_funcs=lambda completions, **kwargs: [float(len(set(text.split()))) for text in completions],
+            args=GRPOConfig(
+                output_dir=str(tmp_path / str(share)),
+                max_steps=20,
+                per_device_train_batch_size=4,
+                num_generations=4,
+                max_completion_length=6,
+                learning_rate=0.1,
+                use_cpu=True,
+                bf16=False,
+                report_to=[],
+                disable_tqdm=True,
+                save_strategy="no",
+                seed=3,
+            ),
+            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
+            processing_class=tokenizer,
+            peft_config=make_config(task_type="CAUSAL_LM", prompt_tuning_init_seed=0, num_virtual_tokens=20),
+        )
+        trainer.model.share_prompt(share)
+        before = get_prompt_tensor(trainer.model)
+        trainer.train()
+        prompts.append(get_prompt_tensor(trainer.model))
+        assert not torch.equal(prompts[-1], before)
+        assert bool(shared) == (share is None)
+    assert (prompts[1] - prompts[0]).norm() <= 1e-5 * prompts[0].norm()

@@ -59,8 +59,8 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         """Set whether `forward` computes the prompt once per batch, and not once per row.
 
         Outputs and gradients are the same up to rounding, and a training step with a long prompt is two to three times
-        faster. If it would not be exact (dropout in the base model, gradient checkpointing, sliding windows, state
-        spaces, sharded or compiled models, several adapters in a batch), the prompt is computed with each row.
+        faster. If it would not be exact (dropout in the base model, reentrant gradient checkpointing, sliding windows,
+        state spaces, sharded or compiled models, several adapters in a batch), each row computes the prompt.
 
         Args:
             enabled (`bool`, *optional*): None (the default) shares if it was measured to be faster: on a CPU, with at

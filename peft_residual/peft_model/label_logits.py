@@ -14,6 +14,10 @@ from torch import nn
 from .inputs import Inputs
 
 
+# Inputs with which the caller has chosen what is computed. TRL's `fused_lm_head` leaves out logits by itself.
+_OTHER_CHOICES = ("logits_to_keep", "shift_labels", "fused_lm_head")
+
+
 def check_label_logits(base_model: Any) -> None:
     """Check that the base model computes its loss with transformers' function, which takes shifted labels.
 
@@ -35,7 +39,7 @@ def check_label_logits(base_model: Any) -> None:
 def at_labels(inputs: Inputs) -> Inputs:
     """Ask the base model for logits where any row has a label. Unchanged without labels, or if logits are chosen."""
     labels = inputs.get("labels")
-    if labels is None or inputs.get("logits_to_keep") is not None or inputs.get("shift_labels") is not None:
+    if labels is None or any(inputs.get(name) is not None for name in _OTHER_CHOICES):
         return inputs
     predicted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     columns = (predicted != -100).any(dim=0).nonzero().flatten()

@@ -10,9 +10,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..storage.sharded import is_sharded
+from .checkpointing import RepeatableLayer, checkpointed_layers, with_cache
 from .dropout import active_dropout
 from .inputs import (
     Inputs,
@@ -41,8 +42,8 @@ _OTHERS = (
     "output_attentions",
     "past_key_values",
     "cache_position",
-    "logits_to_keep",
     "token_type_ids",
+    "shift_labels",
 )
 
 
@@ -67,6 +68,9 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
         return False
     if any(inputs.get(name) is not None for name in _OTHERS):
         return False
+    kept = inputs.get("logits_to_keep", 0)
+    if isinstance(kept, Tensor) or kept > text_of(inputs).shape[1] or (kept and inputs.get("labels") is not None):
+        return False
     config = base_model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     has_windows = (
@@ -80,7 +84,7 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     if mask is not None and not accepts_position_ids(base_model) and not mask[:, 0].all():
         return False  # distances may be counted in columns, and padding would be between prompt and text
     if base_model.training:
-        if any(getattr(module, "gradient_checkpointing", False) for module in base_model.modules()):
+        if checkpointed_layers(base_model) is None:
             return False
         if any(True for _ in active_dropout(base_model)):
             return False
@@ -102,7 +106,7 @@ def shared_forward(
         `transformers.modeling_outputs.ModelOutput`: With logits `[B, P + L, V]` as in the usual way. None if the
         model's cache turns out to be of another type.
     """
-    from transformers import DynamicCache
+    from transformers import Cache, DynamicCache
 
     inputs = dict(inputs)
     return_dict = inputs.get("return_dict")
@@ -130,38 +134,50 @@ def shared_forward(
             refuse_packing(position_ids, mask)
             positions = extend_positions(position_ids.expand(rows, -1), prompt)[:, length - 1 :]
             inputs["position_ids"] = reorder(positions, order)
-    if logits_at_labels:
+    # Positions, not a number: slices of hidden states make torch copy the output layer's weights for every row.
+    if kept := inputs.pop("logits_to_keep", 0):
+        inputs["logits_to_keep"] = torch.arange(-kept, 0, device=embeds.device)
+    elif logits_at_labels:
         inputs = at_labels(inputs)
-    has_all_logits = "logits_to_keep" not in inputs
-    # A tensor, not 1: slices of hidden states make torch copy the output layer's weights for every row.
+    # TRL's `fused_lm_head` computes the loss and figures of each token without logits.
+    has_all_logits = "logits_to_keep" not in inputs and not inputs.get("fused_lm_head")
     few = {} if has_all_logits else {"logits_to_keep": torch.tensor([-1], device=embeds.device)}
-    first = base_model(
-        inputs_embeds=prompt.embeds[:1, :-1].to(embeds), past_key_values=DynamicCache(), use_cache=True, **few
-    )
-    cache = _expanded(first.past_key_values, rows, length - 1)
-    if cache is None:
-        return None
-    outputs = base_model(**{**inputs, "past_key_values": cache, "use_cache": True, "return_dict": True})
+    layers = (checkpointed_layers(base_model) if base_model.training else None) or []
+    cache: Any = Cache(layer_class_to_replicate=RepeatableLayer) if layers else DynamicCache()
+    with with_cache(base_model, layers):
+        options = {"use_cache": not layers, "return_dict": True}
+        first = base_model(inputs_embeds=prompt.embeds[:1, :-1].to(embeds), past_key_values=cache, **few, **options)
+        cache = _expanded(cache if layers else first.past_key_values, rows, length - 1)
+        if cache is None:
+            return None
+        outputs = base_model(**{**inputs, "past_key_values": cache, **options})
     # The model has computed its loss. What follows gives the logits the shape and order of the usual way.
-    if has_all_logits:
+    if outputs.get("logits") is None:
+        for name, value in outputs.items():
+            if isinstance(value, Tensor) and value.ndim == 2:  # of each token; zero where there is no label
+                outputs[name] = nn.functional.pad(value, (length - 1, 0))
+    elif has_all_logits:
         logits = torch.cat([first.logits.expand(rows, -1, -1), outputs.logits], dim=1)
         if moved.any():
             is_padding = torch.arange(embeds.shape[1] + 1, device=moved.device) < moved.sum(-1, keepdim=True)
             logits = reorder(logits, padding_first(is_padding, length - 1))
         outputs.logits = logits
-    if inputs.get("use_cache") is False:
+    if layers or inputs.get("use_cache") is False:
         outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})
     return outputs if wants_dict else outputs.to_tuple()
 
 
 def _expanded(cache: Any, rows: int, length: int) -> Any | None:
     """The prompt's keys and values for every row, not copied; None if the cache is of another type."""
-    from transformers import DynamicCache
+    from transformers import Cache, DynamicCache
 
-    if type(cache) is not DynamicCache:
+    if type(cache) not in (Cache, DynamicCache):
         return None
     states: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    if not all(isinstance(state, Tensor) and state.ndim == 4 and state.shape[2] == length for state in states):
+    if not states or not all(
+        isinstance(state, Tensor) and state.ndim == 4 and state.shape[2] == length for state in states
+    ):
         return None
     expanded = [state.expand(rows, -1, -1, -1) for state in states]
-    return DynamicCache(list(zip(expanded[::2], expanded[1::2])))
+    pairs = list(zip(expanded[::2], expanded[1::2]))
+    return DynamicCache(pairs) if type(cache) is DynamicCache else Cache([RepeatableLayer(*pair) for pair in pairs])
