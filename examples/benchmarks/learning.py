@@ -15,12 +15,10 @@ import copy
 import functools
 import hashlib
 import json
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -31,13 +29,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for `embedded`
 
 import learning_methods
+import training_runs
 from datasets import disable_progress_bars
 from embedded.tasks import MODEL, TASKS, load_task
 from learning_methods import METHODS, PAPER, PLAIN, RECOMMENDED, SETTINGS, ZERO_START, Run
 from learning_report import write_report
 from learning_statistics import cells
 from peft import get_peft_model
-from tqdm.auto import tqdm
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, logging
 
 from peft_residual import disable_base_dropout
@@ -84,7 +82,7 @@ def exact_match(model: Any, split: dict[str, torch.Tensor]) -> float:
 
 
 def train(run: Run) -> dict[str, Any]:
-    """Train and evaluate; return the run with its curve, accuracies, CPU seconds per step and trained parameters."""
+    """Train and evaluate; return the curve, accuracies, CPU seconds per step and trained parameters."""
     base, _ = frozen_model()
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
@@ -115,7 +113,6 @@ def train(run: Run) -> dict[str, Any]:
         if step in evaluated:
             curve.append((step, exact_match(model, half)))
     return {
-        **asdict(run),
         "curve": curve,
         "validation": exact_match(model, split_of(run.task, "validation")),
         "test": exact_match(model, split_of(run.task, "test")),
@@ -129,30 +126,8 @@ def run_all(runs: Iterable[Run], folder: Path, processes: int) -> dict[Run, dict
 
     The file name contains a hash of the methods, so that results of other methods are not reused.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    found = {}
-    path = folder / f"runs-{hashlib.sha256(Path(learning_methods.__file__).read_bytes()).hexdigest()[:12]}.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    if lines and not lines[-1].endswith("\n"):  # the process was killed while writing it
-        path.write_text("".join(lines[:-1]))
-        del lines[-1]
-    for line in lines:
-        record = json.loads(line)
-        found[Run(**{field.name: record[field.name] for field in fields(Run)})] = record
-    missing = [run for run in dict.fromkeys(runs) if run not in found]
-    context = multiprocessing.get_context("spawn")
-    with (
-        ProcessPoolExecutor(processes, mp_context=context) as pool,
-        path.open("a") as file,
-        tqdm(total=len(missing), desc="runs", smoothing=0.05) as progress,
-    ):
-        futures = {pool.submit(train, run): run for run in missing}
-        for future in as_completed(futures):
-            found[futures[future]] = future.result()
-            file.write(json.dumps(future.result()) + "\n")
-            file.flush()
-            progress.update()
-    return found
+    name = f"runs-{hashlib.sha256(Path(learning_methods.__file__).read_bytes()).hexdigest()[:12]}.jsonl"
+    return training_runs.run_all(Run, runs, train, folder / name, processes)
 
 
 SEEDS = range(5)
