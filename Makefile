@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Tests and examples make their own models and data; nothing may wait for a network.
 OFFLINE := HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
-.PHONY: help install test quality format demo learning report cost embedded clean
+.PHONY: help install test quality format demo learning report cost operations embedded clean
 
 help:
 	@echo "make demo      train, resume, evaluate, merge and reload a residual prompt (3 minutes, no network)"
@@ -17,6 +17,7 @@ help:
 	@echo "make learning  compare methods, write docs/learning.md and the README's table (an hour on 2 CPU cores)"
 	@echo "make report    write docs/learning.md and the table from docs/learning.json"
 	@echo "make cost      measure times and memory, write docs/cost.md (half an hour on an idle CPU)"
+	@echo "make operations count operations and kept memory, write docs/operations.md (5 minutes)"
 	@echo "make embedded  pretrain the embedded model into build/embedded (15 minutes)"
 
 install: $(INSTALLED)
@@ -53,6 +54,10 @@ report: $(INSTALLED)
 cost: $(INSTALLED)
 	$(OFFLINE) $(BIN)/python -W ignore examples/benchmarks/cost.py $(COST_ARGS)
 	cp build/cost/cost*.md build/cost/cost*.png docs/
+
+operations: $(INSTALLED)
+	$(OFFLINE) $(BIN)/python -W ignore examples/benchmarks/operations.py
+	cp build/cost/operations.md build/cost/operations.png docs/
 
 embedded: $(INSTALLED)
 	$(BIN)/python examples/embedded/pretrain.py --output build/embedded

@@ -38,7 +38,8 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
     fields as they are.
 
     Args:
-        num_virtual_tokens (`int`): Prompt length `P`.
+        num_virtual_tokens (`int`, *optional*): Prompt length `P`. With `prompt_tuning_init="TEXT"`, None takes the
+            length of the text.
         num_transformer_submodules (`int`, *optional*): 1 when None: the prompt is prepended to the encoder's input
             only, the decoder gets none. 2 keeps rows for a decoder, as PEFT does.
         encoder_reparameterization_type (`str`): The network `φ`: `"MLP1"`, `"MLP2"`, `"LSTM1"`, `"LSTM2"`, `"LSTM"`,
@@ -109,6 +110,8 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                 "out, or use the config class of that method."
             )
         self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init))
+        if vars(self)["num_virtual_tokens"] is None:
+            self.num_virtual_tokens = self._length_of_text()
         check_fields(self, is_from_file)
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 1
@@ -140,6 +143,20 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                 f"`task_type` must be one of {', '.join(TaskType)}, got None. PEFT puts the prompt in front of the "
                 "input according to the task; without one the prompt would not be used."
             )
+
+    def load_tokenizer(self) -> Any:
+        """Load the tokenizer that `tokenizer_name_or_path` names."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer_name_or_path, **(self.tokenizer_kwargs or {}))
+
+    def _length_of_text(self) -> int:
+        if self.prompt_tuning_init != "TEXT" or not self.prompt_tuning_init_text or not self.tokenizer_name_or_path:
+            raise ValueError(
+                "`num_virtual_tokens`=None takes the length of a text, and needs prompt_tuning_init='TEXT' with "
+                "`prompt_tuning_init_text` and `tokenizer_name_or_path`. Set them, or a number."
+            )
+        return len(self.load_tokenizer()(self.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]) or 1
 
     @property
     def total_virtual_tokens(self) -> int:

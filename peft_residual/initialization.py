@@ -161,17 +161,11 @@ def excluded_ids(config: ResidualPromptTuningConfig, word_embeddings: nn.Module)
     if padding is not None:
         ids.add(padding)
     if config.tokenizer_name_or_path:
-        tokenizer = _tokenizer(config)
+        tokenizer = config.load_tokenizer()
         ids.update(tokenizer.all_special_ids)
         ids.update(i for token, i in tokenizer.get_vocab().items() if _UNUSED_TOKEN.fullmatch(token))
         ids.update(range(len(tokenizer), num_rows(word_embeddings)))
     return ids
-
-
-def _tokenizer(config: ResidualPromptTuningConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(config.tokenizer_name_or_path, **(config.tokenizer_kwargs or {}))
 
 
 @register_initialization("RANDOM")
@@ -226,7 +220,7 @@ def _sample(config: ResidualPromptTuningConfig, word_embeddings: nn.Module, coun
 def from_text(config: ResidualPromptTuningConfig, word_embeddings: nn.Module, generator: torch.Generator) -> Tensor:
     """The rows of a text, repeated to the prompt's length as PEFT does. A longer text is cut, with a warning."""
     count = config.total_virtual_tokens
-    ids = _tokenizer(config)(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
+    ids = config.load_tokenizer()(config.prompt_tuning_init_text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(
             f"`prompt_tuning_init_text`={config.prompt_tuning_init_text!r} has no tokens. Give a text of at least one."
@@ -248,7 +242,7 @@ def from_class_labels(
     exclude_ids: Collection[int],
 ) -> Tensor:
     """One row per label word, the mean over its tokens, then common vocabulary (Lester et al., 2021, section 3.2)."""
-    tokenizer = _tokenizer(config)
+    tokenizer = config.load_tokenizer()
     rows: list[Tensor] = []
     taken: set[int] = set()
     for label in config.prompt_tuning_init_class_labels or []:

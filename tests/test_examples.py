@@ -8,6 +8,7 @@ import runpy
 import shlex
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -395,7 +396,7 @@ def test_cost_measures_every_section_against_its_rivals(cost):
         "text alone",
     }
     assert sections["training step"] == [methods]
-    assert sections["encoder"] == [shared, {"residual", "Python loop"}]
+    assert sections["encoder"] == [shared, {"residual", "Python loop", "memory traffic alone"}]
     assert sections["inference"] == [prefill, prefill, {"one call, adapter_names", "a call for each adapter"}]
     writing, reading = sections["saving"]
     assert {"save: residual", "merge in place", "export: prefix", "export: vocabulary"} < writing
@@ -425,6 +426,13 @@ def test_cost_says_what_it_was_measured_with(cost):
     ratio = result["sections"]["training step"][0]["ratios"]["residual"]
     assert f"| {ratio:.3f} |" in page
     assert "](cost-growth.png)" in page and (out / "cost-growth.png").stat().st_size > 5000
+
+
+def test_the_gpu_script_runs_on_a_cpu(tmp_path):
+    command = ["bash", str(EXAMPLES / "benchmarks" / "gpu.sh"), "cpu"]
+    environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
+    assert "residual, shared, logits at labels" in (tmp_path / "steps.txt").read_text()
 
 
 def test_benchmarks_run_alone():

@@ -240,6 +240,26 @@ def test_a_long_text_is_cut_with_a_warning(tokenizer_folder):
     assert ids_of(prompt, table) == [token("good"), token("red")]
 
 
+def test_without_a_length_the_prompt_is_as_long_as_its_text(tokenizer_folder, recwarn):
+    table = make_table()
+    options = {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": tokenizer_folder, "num_virtual_tokens": None}
+    prompt = start(table, prompt_tuning_init_text="good red film", **options)
+    assert ids_of(prompt, table) == [token(word) for word in ("good", "red", "film")]
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("missing", ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"))
+def test_a_length_is_needed_without_a_text(missing, tokenizer_folder):
+    options = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "good red film",
+        "tokenizer_name_or_path": tokenizer_folder,
+    }
+    del options[missing]
+    with pytest.raises(ValueError, match="`num_virtual_tokens`=None takes the length of a text"):
+        make_config(num_virtual_tokens=None, **options)
+
+
 def test_a_text_without_tokens_is_refused(tokenizer_folder):
     options = {"prompt_tuning_init": "TEXT", "tokenizer_name_or_path": tokenizer_folder}
     with pytest.raises(ValueError, match="`prompt_tuning_init_text`='  ' has no tokens"):

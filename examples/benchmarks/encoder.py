@@ -1,8 +1,8 @@
 """Time forward and backward of the encoder, compared to a Python loop over tokens and to PEFT's PromptEncoder.
 
-By default, one network per virtual token is compared to a loop over separate modules with the same weights. With
-`--shared`, one network for all tokens is compared to a loop over the tokens and to P-tuning's MLP and LSTM of the same
-sizes.
+By default, one network per virtual token is compared to a loop over separate modules with the same weights, and to
+moving as many bytes through memory, which is the least that any implementation does. With `--shared`, one network for
+all tokens is compared to a loop over the tokens and to P-tuning's MLP and LSTM of the same sizes.
 
     python examples/benchmarks/encoder.py
     python examples/benchmarks/encoder.py --tokens 10 --width 512 --hidden 400 --threads 1
@@ -72,6 +72,13 @@ def separate_modules(encoder: ResidualPromptEncoder) -> nn.ModuleList:
     return modules
 
 
+def memory_traffic(network: nn.Module) -> Callable[[], object]:
+    """Move what a forward and a backward pass must move: the weights are read twice, their gradients written once."""
+    size = sum(parameter.numel() for parameter in network.parameters())
+    first, second, written = (torch.ones(size, device=next(network.parameters()).device) for _ in range(3))
+    return lambda: torch.add(first, second, out=written)
+
+
 def measure(settings: EncoderSettings) -> Comparison:
     """Time forward and backward. Gradients are reset before each pass, which is not timed."""
     torch.manual_seed(SEED)
@@ -93,6 +100,8 @@ def measure(settings: EncoderSettings) -> Comparison:
             rivals[f"P-tuning {kind}, PEFT"] = lambda module=trained[-1]: module(positions)[0]
     direction = torch.randn_like(embedding)
     passes = {name: lambda run=run: run().backward(direction) for name, run in rivals.items()}
+    if not settings.shared:
+        passes["memory traffic alone"] = memory_traffic(encoder.network)
     times = take_turns(passes, settings, prepare=trained.zero_grad)
     title = (
         f"{'shared' if settings.shared else 'per token'}, P={settings.tokens} H={settings.width} M={settings.hidden}"

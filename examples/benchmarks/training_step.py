@@ -58,19 +58,40 @@ def smollm2_135m() -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=9, num_key_value_heads=3))
 
 
+def llama_1b() -> nn.Module:
+    sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "vocab_size": 128256}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8))
+
+
+def tiny_llama() -> nn.Module:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1))
+
+
 SIZES = {
     "tiny": ("SEQ_2_SEQ_LM", tiny),
     "t5-small": ("SEQ_2_SEQ_LM", t5_small),
     "t5-base": ("SEQ_2_SEQ_LM", t5_base),
     "gpt2-small": ("CAUSAL_LM", gpt2_small),
     "smollm2-135m": ("CAUSAL_LM", smollm2_135m),
+    "llama-3.2-1b": ("CAUSAL_LM", llama_1b),
+    "tiny-llama": ("CAUSAL_LM", tiny_llama),
 }
-METHODS = ("prompt tuning", "residual", "residual, not shared", "P-tuning", "LoRA")
+# "residual" shares the prompt between rows if that was measured to be faster; "shared" and "not shared" decide.
+METHODS = (
+    "prompt tuning",
+    "residual",
+    "residual, not shared",
+    "residual, shared",
+    "residual, shared, logits at labels",
+    "P-tuning",
+    "LoRA",
+)
 
 
 @dataclass
 class StepSettings(Settings):
-    size: Literal["tiny", "t5-small", "t5-base", "gpt2-small", "smollm2-135m"] = field(
+    size: Literal["tiny", "t5-small", "t5-base", "gpt2-small", "smollm2-135m", "llama-3.2-1b", "tiny-llama"] = field(
         default="t5-small", metadata={"help": "Size of the model."}
     )
     methods: list[str] = field(
@@ -113,11 +134,13 @@ def make_training(method: str, settings: StepSettings) -> tuple[nn.Module, torch
     """Build the model of a method, its optimizer and a batch."""
     torch.manual_seed(SEED)
     task_type, build = SIZES[settings.size]
-    base = build().to(settings.device, getattr(torch, settings.dtype))
+    with torch.device(settings.device):
+        base = build().to(getattr(torch, settings.dtype))
     model = get_peft_model(base, make_config(method, settings)).train()
     disable_base_dropout(model)
-    if method == "residual, not shared" and task_type == "CAUSAL_LM":
-        model.share_prompt(False)
+    if method.startswith("residual, ") and task_type == "CAUSAL_LM":
+        model.share_prompt("not shared" not in method)
+        model.compute_logits_at_labels("logits at labels" in method)
     optimizer = make_optimizer(model)
     ids = torch.randint(3, 30000, (settings.batch_size, settings.length), device=settings.device)
     labels = ids[:, :8].contiguous() if task_type == "SEQ_2_SEQ_LM" else ids.clone()
