@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import trainers
 from conftest import WIDTH, make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_t5
 from peft import PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS
@@ -174,6 +175,16 @@ def test_evaluation_that_casts_the_prompt(name):
 @pytest.mark.parametrize("name", ["packing", "padding_free"])
 def test_rows_that_pack_several_texts(name):
     assert found(make_model(), make_args(**{name: True})) == [("error", name)]
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_label_smoothing_is_found_where_the_trainer_cannot_do_it(name, tmp_path):
+    """The Trainer itself fails on each of these."""
+    trainer = trainers.make_trainer(tmp_path, name, label_smoothing_factor=0.1)
+    assert ("error", "label_smoothing_factor") in found(trainer.model, trainer.args)
+    if "labels" in SCENARIOS[name].batch():
+        with pytest.raises((AttributeError, RuntimeError, ValueError, IndexError)):
+            trainer.train()
 
 
 def test_texts_that_leave_no_room_for_the_prompt(tokenizer):

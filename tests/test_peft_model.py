@@ -6,12 +6,18 @@ import pickle
 import peft
 import pytest
 import torch
-from conftest import make_config, tiny_gpt2, tiny_t5
+import transformers
+from conftest import WIDTH, make_config, tiny_gpt2, tiny_t5
 from peft import PeftModel, PromptTuningConfig, TaskType, get_peft_model
 from scenarios import SCENARIOS, fresh, outputs_of, train
 from transformers import GenerationConfig
 
-from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig, convert_to_prompt_tuning
+from peft_residual import (
+    ResidualPromptEncoder,
+    ResidualPromptTuningConfig,
+    convert_to_prompt_tuning,
+    save_as_prompt_tuning,
+)
 
 
 P = 4
@@ -677,3 +683,56 @@ def test_a_load_that_fails_leaves_the_trained_adapter_trainable(tmp_path, monkey
     with pytest.raises(OSError, match="the disk is gone"):
         model.load_adapter(tmp_path, adapter_name="other")
     assert {name for name, p in model.named_parameters() if p.requires_grad} == trainable
+
+
+# --- what a prompt changes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ("merge_and_unload", "unload"))
+def test_unloading_says_which_export_does_what_is_wanted(name):
+    model = SCENARIOS["llama"].model()
+    with pytest.raises(AttributeError, match=r"save_as_prompt_tuning.+save_as_vocabulary.+get_base_model"):
+        getattr(model, name)()
+
+
+@pytest.mark.parametrize("scenario, name", (("llama", "generate_batch"), ("t5", "get_encoder")))
+def test_methods_of_the_base_model_that_would_run_without_the_prompt_are_refused(scenario, name):
+    model = SCENARIOS[scenario].model()
+    with pytest.raises(AttributeError, match=rf"`{name}` is not available with a prompt.+disable_adapter"):
+        getattr(model, name)
+    with model.disable_adapter():
+        assert getattr(model, name) == getattr(model.base_model, name)
+    assert model.can_generate() and not hasattr(model, "no_such_attribute")
+
+
+SMALL = {"vocab_size": 64}
+OTHER_NAMES = {
+    "DistilBertForSequenceClassification": {"dim": WIDTH, "hidden_dim": 32, "n_layers": 2, "n_heads": 2},
+    "MptForCausalLM": {"d_model": WIDTH, "n_heads": 2, "n_layers": 2, "max_seq_len": 64},
+    "MambaForCausalLM": {"hidden_size": WIDTH, "num_hidden_layers": 2, "state_size": 4},
+    "XGLMForCausalLM": {"d_model": WIDTH, "ffn_dim": 32, "num_layers": 2, "attention_heads": 2},
+    # The embeddings are narrower than the layers.
+    "AlbertForSequenceClassification": {
+        "hidden_size": 32,
+        "embedding_size": WIDTH,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    },
+}
+
+
+@pytest.mark.parametrize("architecture", OTHER_NAMES)
+def test_sizes_are_found_under_any_name(architecture, tmp_path):
+    model_class = getattr(transformers, architecture)
+    base = model_class(model_class.config_class(**SMALL, **OTHER_NAMES[architecture])).eval()
+    task_type = "CAUSAL_LM" if "Causal" in architecture else "SEQ_CLS"
+    model = get_peft_model(copy.deepcopy(base), make_config(task_type=task_type, num_virtual_tokens=3)).eval()
+    assert model.active_peft_config.token_dim == WIDTH
+    ids = torch.randint(5, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    expected = model(**batch).logits
+    model.save_pretrained(tmp_path / "adapter")
+    save_as_prompt_tuning(model, tmp_path / "merged")
+    for folder in ("adapter", "merged"):
+        loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / folder).eval()
+        torch.testing.assert_close(loaded(**batch).logits, expected)

@@ -23,6 +23,25 @@ from ..storage.sharded import gathered_state, is_sharded
 from .learning_rate import watch_learning_rate
 
 
+# Methods that PEFT passes on to the base model, where they mean something else with a prompt, and what to use instead.
+_UNLOADING = (
+    "a prompt is not part of the base model's weights. Use `peft_residual.save_as_prompt_tuning` for a plain prompt, "
+    "`peft_residual.save_as_vocabulary` for an ordinary checkpoint with new tokens, or `model.get_base_model()` for "
+    "the model without the prompt."
+)
+_WITHOUT_PROMPT = (
+    "it would run the base model without the prompt. Use `model.generate` or `model.forward`, or "
+    "`with model.disable_adapter():` to run the base model."
+)
+_REFUSED = {
+    **dict.fromkeys(("merge_and_unload", "unload"), _UNLOADING),
+    **dict.fromkeys(
+        ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager", "get_encoder"),
+        _WITHOUT_PROMPT,
+    ),
+}
+
+
 class ResidualAdapters(PeftModel):
     """PEFT's management of adapters, with what it lacks for residual ones.
 
@@ -47,6 +66,13 @@ class ResidualAdapters(PeftModel):
     def _residual_config(self, adapter_name: str) -> ResidualPromptTuningConfig | None:
         config = self.peft_config.get(adapter_name)
         return config if isinstance(config, ResidualPromptTuningConfig) else None
+
+    def __getattr__(self, name: str) -> Any:
+        """PEFT takes attributes that it does not know from the base model; not those that a prompt changes."""
+        reason = _REFUSED.get(name)
+        if reason is None or (reason == _WITHOUT_PROMPT and self._adapters_disabled):
+            return super().__getattr__(name)
+        raise AttributeError(f"`{name}` is not available with a prompt: {reason}")
 
     # --- build ----------------------------------------------------------------------------------------------------
 
@@ -255,3 +281,18 @@ def special_ids(base_model: Any) -> set[int]:
         if name.endswith(("_token_id", "_token_ids")):
             ids.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
     return ids
+
+
+def fill_in_sizes(config: ResidualPromptTuningConfig, base_model: Any) -> None:
+    """Fill in the model's sizes, of which PEFT knows only some names (not DistilBERT's, MPT's, Mamba's, ...).
+
+    The width is that of the word embeddings. Numbers of layers and heads are not used by a prompt; 1 if unknown.
+    """
+    get_embeddings = getattr(base_model, "get_input_embeddings", lambda: None)
+    width = getattr(get_embeddings(), "embedding_dim", None)
+    if vars(config)["token_dim"] is None and width is not None:
+        config.token_dim = width
+    text_config = getattr(base_model.config, "get_text_config", lambda: base_model.config)()
+    for name, attribute in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        if getattr(config, name) is None:
+            setattr(config, name, getattr(text_config, attribute, 1))

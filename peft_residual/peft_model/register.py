@@ -27,7 +27,7 @@ from ..encoder import ResidualPromptEncoder, is_in_use
 from ..storage import checkpoint
 from ..storage.saved_adapter import SavedAdapter, keys_of_modules, naming, read_residual_adapter
 from . import causal_lm, tasks
-from .adapters import ResidualAdapters
+from .adapters import ResidualAdapters, fill_in_sizes
 from .learning_rate import watch_learning_rate
 
 
@@ -90,6 +90,7 @@ def _add_adapter(original: Any, model: Any, adapter_name: str, peft_config: Any,
     if is_residual:
         _check_adapter_name(adapter_name, peft_config)
         _adopt(model)
+        fill_in_sizes(peft_config, model.base_model)
         if peft_config.inference_mode:
             warnings.warn(
                 "The config of a new adapter has `inference_mode=True`, as saved configs do. It is set to False, "

@@ -89,7 +89,7 @@ def check_training_setup(
         *_check_learning_rates(model, encoder, args, optimizer),
         *_check_dropout(model),
         *_check_tokenizer(model, args, tokenizer),
-        *_check_arguments(args),
+        *_check_arguments(model, args),
         *_check_length(model, tokenizer, max_length),
     ]
     return sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity))
@@ -230,12 +230,18 @@ def _check_tokenizer(model: ResidualPeftModel, args: Any, tokenizer: Any) -> Ite
         yield Finding("warning", "padding_side", message, 'Set `tokenizer.padding_side = "right"`.')
 
 
-def _check_arguments(args: Any) -> Iterator[Finding]:
+def _check_arguments(model: ResidualPeftModel, args: Any) -> Iterator[Finding]:
     for name in ("bf16_full_eval", "fp16_full_eval"):
         if getattr(args, name, False):
             message = "Evaluation outside of training casts the model for good, so later saves are rounded."
             remedy = f"Leave `{name}` off and load the base model in that dtype instead: the prompt stays in float32."
             yield Finding("warning", name, message, remedy)
+    # The Trainer looks for the base model's class in `base_model.model`, and shifts no labels if that is its backbone.
+    has_row_labels = model.active_peft_config.task_type == "SEQ_CLS" and hasattr(model.base_model, "model")
+    if getattr(args, "label_smoothing_factor", 0) and not has_row_labels:
+        message = "The Trainer's label smoothing fails on a model with a prompt, or compares labels with wrong logits."
+        remedy = "Set `label_smoothing_factor=0`; to smooth labels, give the Trainer a `compute_loss_func`."
+        yield Finding("error", "label_smoothing_factor", message, remedy)
     for name in ("packing", "eval_packing", "padding_free"):
         if getattr(args, name, False):
             message = "Several texts would share a row, and only the first of them would have the prompt before it."
