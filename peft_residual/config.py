@@ -110,13 +110,11 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
                 "out, or use the config class of that method."
             )
         self.prompt_tuning_init = str(getattr(self.prompt_tuning_init, "value", self.prompt_tuning_init))
-        if vars(self)["num_virtual_tokens"] is None:
+        if vars(self)["num_virtual_tokens"] is None and not is_from_file:  # files must not choose what is loaded
             self.num_virtual_tokens = self._length_of_text()
         check_fields(self, is_from_file)
         if self.num_transformer_submodules is None:
             self.num_transformer_submodules = 1
-        if is_from_file and self.encoder_scale is None:
-            self.encoder_scale = 1.0  # saved before there was a unit
         self.peft_type = PEFT_TYPE
         if not is_from_file:
             for message in unused_fields(self):
@@ -179,7 +177,10 @@ class ResidualPromptTuningConfig(PromptTuningConfig):
         if self.mixes_vocabulary:
             return 1.0
         if self.encoder_scale is None:
-            raise ValueError("`encoder_scale` is None: it is measured when a model is built. Set a number.")
+            raise ValueError(
+                "`encoder_scale` is None: it is measured when a new model is built, and an adapter's config has the "
+                "number that was measured. Set it, or save or download the adapter again."
+            )
         return self.encoder_scale
 
     @property

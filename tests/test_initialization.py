@@ -28,7 +28,12 @@ from peft import (
 )
 from safetensors.torch import save_file
 
-from peft_residual import ResidualPromptEncoder, register_initialization, save_as_prompt_tuning
+from peft_residual import (
+    ResidualPromptEncoder,
+    ResidualPromptTuningConfig,
+    register_initialization,
+    save_as_prompt_tuning,
+)
 from peft_residual.initialization import initialize_prompt, most_common_token_ids, sample_rows
 from peft_residual.registry import INITIALIZATIONS
 
@@ -246,6 +251,19 @@ def test_without_a_length_the_prompt_is_as_long_as_its_text(tokenizer_folder, re
     prompt = start(table, prompt_tuning_init_text="good red film", **options)
     assert ids_of(prompt, table) == [token(word) for word in ("good", "red", "film")]
     assert not recwarn.list
+
+
+def test_a_loaded_config_without_a_length_loads_no_tokenizer(tokenizer_folder, monkeypatch):
+    """Its name would come from the file, as would `trust_remote_code`."""
+    monkeypatch.setattr(ResidualPromptTuningConfig, "load_tokenizer", lambda self: pytest.fail("loaded a tokenizer"))
+    options = {
+        "prompt_tuning_init": "TEXT",
+        "prompt_tuning_init_text": "good",
+        "tokenizer_name_or_path": "someone/else",
+    }
+    values = {**options, "task_type": "CAUSAL_LM", "peft_type": "RESIDUAL_PROMPT_TUNING", "num_virtual_tokens": None}
+    with pytest.raises(ValueError, match="`num_virtual_tokens`"):
+        ResidualPromptTuningConfig(**values)
 
 
 @pytest.mark.parametrize("missing", ("prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path"))

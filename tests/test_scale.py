@@ -84,16 +84,31 @@ def test_saved_loaded_resumed_and_merged_adapters_have_the_same_prompt(tmp_path)
     assert torch.equal(frozen.prompt_encoder["default"].embedding.weight, prompt)
 
 
-@pytest.mark.parametrize("change", ({}, {"encoder_scale": None}), ids=("missing", "null"))
-def test_a_saved_adapter_without_a_unit_has_none(tmp_path, change):
+def test_an_adapter_that_was_saved_before_there_was_a_unit_has_none(tmp_path):
     model = build(encoder_scale=1.0)
     model.save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
     del values["encoder_scale"]
-    path.write_text(json.dumps({**values, **change}))
+    path.write_text(json.dumps(values))
     assert PeftConfig.from_pretrained(tmp_path).encoder_scale == 1.0
     assert torch.equal(get_prompt_tensor(PeftModel.from_pretrained(tiny_llama(), tmp_path)), get_prompt_tensor(model))
+
+
+def test_a_config_that_was_saved_before_a_model_was_built_still_measures(tmp_path):
+    make_config(task_type="CAUSAL_LM", **SCALED).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    assert config.encoder_scale is None
+    get_peft_model(tiny_llama(), config)
+    assert config.encoder_scale > 0
+
+
+def test_an_adapter_without_its_unit_is_refused(tmp_path):
+    build().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "encoder_scale": None}))
+    with pytest.raises(ValueError, match="`encoder_scale` is None"):
+        PeftModel.from_pretrained(tiny_llama(), tmp_path)
 
 
 def test_a_changed_unit_is_found_when_an_adapter_is_loaded(tmp_path):
