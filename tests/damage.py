@@ -247,6 +247,7 @@ JSON_TYPES = {
     "encoder_num_attention_heads": INTEGER,
     "encoder_reparameterization_type": TEXT,
     "encoder_residual": (bool,),
+    "encoder_scale": (float, int),
     "encoder_shared": (bool,),
     "encoder_zero_init": (bool,),
     "inference_mode": (bool,),
