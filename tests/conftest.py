@@ -11,6 +11,7 @@ import torch
 from hypothesis import settings
 
 from peft_residual import ResidualPromptEncoder, ResidualPromptTuningConfig
+from peft_residual.peft_model import causal_lm
 from peft_residual.registry import INITIALIZATIONS, REPARAMETERIZATIONS
 
 
@@ -70,6 +71,15 @@ def own_names(monkeypatch):
     """Remove the networks and initializations that a test registers."""
     for registry in (REPARAMETERIZATIONS, INITIALIZATIONS):
         monkeypatch.setattr(registry, "_entries", dict(registry._entries))
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """One entry for each batch whose rows shared a prompt."""
+    calls = []
+    original = causal_lm.shared_forward
+    monkeypatch.setattr(causal_lm, "shared_forward", lambda *args: calls.append(1) or original(*args))
+    return calls
 
 
 # --- models ---------------------------------------------------------------------------------------------------

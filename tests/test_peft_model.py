@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -18,6 +19,7 @@ from peft_residual import (
     convert_to_prompt_tuning,
     save_as_prompt_tuning,
 )
+from peft_residual.peft_model.adapters import fill_in_sizes
 
 
 P = 4
@@ -703,6 +705,14 @@ def test_methods_of_the_base_model_that_would_run_without_the_prompt_are_refused
     with model.disable_adapter():
         assert getattr(model, name) == getattr(model.base_model, name)
     assert model.can_generate() and not hasattr(model, "no_such_attribute")
+
+
+def test_a_base_model_without_a_config_needs_no_sizes():
+    """A module of the user's own has none; the width is that of its embeddings."""
+    base = SCENARIOS["llama"].build()
+    config = make_config(task_type="CAUSAL_LM")
+    fill_in_sizes(config, SimpleNamespace(get_input_embeddings=base.get_input_embeddings))
+    assert (config.token_dim, config.num_layers, config.num_attention_heads) == (WIDTH, 1, 1)
 
 
 SMALL = {"vocab_size": 64}

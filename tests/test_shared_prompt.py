@@ -16,7 +16,6 @@ from transformers import (
 )
 
 from peft_residual import disable_base_dropout
-from peft_residual.peft_model import causal_lm
 from peft_residual.peft_model.shared_prompt import can_share
 
 
@@ -46,15 +45,6 @@ def batch(side="none"):
         padding = slice(0, row) if side == "left" or (side == "both" and row % 2) else slice(L - row, L)
         ids[row, padding], mask[row, padding] = 0, 0
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-@pytest.fixture
-def shared(monkeypatch):
-    """How often a prompt was shared."""
-    calls = []
-    original = causal_lm.shared_forward
-    monkeypatch.setattr(causal_lm, "shared_forward", lambda *args: calls.append(1) or original(*args))
-    return calls
 
 
 def run(model, inputs, share, loss=lambda outputs: outputs.loss):
@@ -155,7 +145,7 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(build, sid
 
 
 @pytest.mark.parametrize("side", ("none", "left", "both"))
-@pytest.mark.parametrize("kept", (1, 3))
+@pytest.mark.parametrize("kept", (1, 3, L))
 def test_logits_of_the_last_tokens_are_those_of_the_usual_way(side, kept, shared):
     model, inputs = prompted(tiny_llama()), batch(side)
     inputs.pop("labels")
@@ -165,6 +155,11 @@ def test_logits_of_the_last_tokens_are_those_of_the_usual_way(side, kept, shared
     )
     assert len(shared) == 1 and found.logits.shape == (B, kept, 64)
     torch.testing.assert_close(found.logits[is_text], expected.logits[is_text], rtol=1e-5, atol=1e-5)
+
+
+def test_all_logits_can_be_asked_for_by_name(shared):
+    found, expected = compare(prompted(tiny_llama()), {**batch(), "logits_to_keep": 0})
+    assert len(shared) == 1 and found.logits.shape == expected.logits.shape == (B, P + L, 64)
 
 
 def test_tuples_and_no_cache_are_what_was_asked_for(shared):

@@ -9,7 +9,6 @@ from transformers import TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_residual import ResidualOptimizerFactory, disable_base_dropout, get_prompt_tensor
-from peft_residual.peft_model import causal_lm
 
 
 ROWS = [
@@ -18,15 +17,6 @@ ROWS = [
     {"prompt": "a cat", "completion": " fast up"},
     {"prompt": "no person it is one red book", "completion": " bad"},
 ] * 4
-
-
-@pytest.fixture
-def shared(monkeypatch):
-    """How often a prompt was shared."""
-    calls = []
-    original = causal_lm.shared_forward
-    monkeypatch.setattr(causal_lm, "shared_forward", lambda *args: calls.append(1) or original(*args))
-    return calls
 
 
 def make_trainer(folder, tokenizer, callbacks=(), num_virtual_tokens=4, **settings):

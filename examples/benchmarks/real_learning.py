@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
 import math
 import time
@@ -20,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import real_methods
 import torch
 from peft import get_peft_model
 from real_data import Task, accuracy, batches, load_task, packed_logits
@@ -113,7 +115,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2, help="one thread each (default %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("build/real"), help="folder (default %(default)s)")
     options = parser.parse_args()
-    path = options.output / "runs.jsonl"
+    # Results of another model, of other methods or of fewer rows are not reused.
+    setting = [options.model, str(options.rows), Path(real_methods.__file__).read_text()]
+    path = options.output / f"runs-{hashlib.sha256(chr(0).join(setting).encode()).hexdigest()[:12]}.jsonl"
     work = functools.partial(train, model=options.model, evaluation_rows=options.rows)
     searched = [
         Run(task, method, rate, seed=0, steps=options.steps)

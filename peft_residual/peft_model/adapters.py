@@ -292,7 +292,8 @@ def fill_in_sizes(config: ResidualPromptTuningConfig, base_model: Any) -> None:
     width = getattr(get_embeddings(), "embedding_dim", None)
     if vars(config)["token_dim"] is None and width is not None:
         config.token_dim = width
-    text_config = getattr(base_model.config, "get_text_config", lambda: base_model.config)()
+    model_config = getattr(base_model, "config", None)
+    text_config = getattr(model_config, "get_text_config", lambda: model_config)()
     for name, attribute in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
         if getattr(config, name) is None:
             setattr(config, name, getattr(text_config, attribute, 1))

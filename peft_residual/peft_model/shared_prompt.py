@@ -68,8 +68,10 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
         return False
     if any(inputs.get(name) is not None for name in _OTHERS):
         return False
-    kept = inputs.get("logits_to_keep", 0)
-    if isinstance(kept, Tensor) or kept > text_of(inputs).shape[1] or (kept and inputs.get("labels") is not None):
+    kept = inputs.get("logits_to_keep")
+    if isinstance(kept, Tensor):
+        return False
+    if kept and (not 0 < kept <= text_of(inputs).shape[1] or inputs.get("labels") is not None):
         return False
     config = base_model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
