@@ -2,8 +2,9 @@
 
 import json
 import math
+import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,9 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples/benchmarks")]
 
 import real_data  # noqa: E402
 import real_learning  # noqa: E402
+import real_report  # noqa: E402
 from real_data import Row, Task, load_task, packed_logits  # noqa: E402
-from real_methods import METHODS, PLAIN_TEXT, SCALED, Place, Run  # noqa: E402
+from real_methods import METHODS, PLAIN, PLAIN_TEXT, RECOMMENDED, SCALED, Place, Run  # noqa: E402
 
 
 ROWS = [Row((7, 8, 9), (10, 11)), Row((12,), (13,)), Row((5, 6, 7, 8, 20), (10, 14))]
@@ -28,7 +30,7 @@ TASK = Task("colors", ((10, 11), (10, 14), (13,)), {"train": ROWS * 8, "validati
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("model")
-    tiny_llama().save_pretrained(folder)
+    tiny_llama(vocab_size=256).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -36,7 +38,9 @@ def folder(tmp_path_factory, tokenizer):
 @pytest.mark.parametrize("method", METHODS)
 def test_packed_rows_have_the_logits_of_each_row_alone(method, folder):
     torch.manual_seed(0)
-    model = get_peft_model(tiny_llama(vocab_size=256), METHODS[method].config(0, Place(folder, "is it", 2))).eval()
+    model = get_peft_model(
+        tiny_llama(vocab_size=256), METHODS[method].config(Place(0, folder, "is it", "is it red fast"))
+    ).eval()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and "lora_B" in name:
             torch.nn.init.normal_(parameter)
@@ -83,34 +87,85 @@ def test_a_label_that_begins_like_another_is_refused(tmp_path, tokenizer):
 
 
 def test_a_run_is_repeatable_leaves_the_base_model_alone_and_reports_divergence(folder, tmp_path):
-    run = Run(write_data(tmp_path), SCALED, 0.1, seed=0, steps=6, batch_size=4)
+    (tmp_path / "films").mkdir()
+    write_data(tmp_path / "films")
+    run = Run("tiny", "films", SCALED, 0.1, seed=0, steps=6, batch_size=4)
     records = []
     for method in (SCALED, PLAIN_TEXT, "LoRA", "prefix tuning", SCALED):
-        record = real_learning.train(replace(run, method=method), folder)
+        record = real_learning.train(replace(run, method=method), folder, tmp_path)
         assert not record["diverged"] and record["trained"] > 0 and 0 <= record["test"] <= 1
         del record["seconds"]
         records.append(record)
     assert records[0] == records[-1]
-    diverged = real_learning.train(replace(run, method="LoRA", learning_rate=math.inf), folder)
+    diverged = real_learning.train(replace(run, method="LoRA", learning_rate=math.inf), folder, tmp_path)
     assert diverged["diverged"] and diverged["test"] == 0
 
 
-def test_the_best_rate_is_repeated_with_more_seeds_and_nothing_runs_twice(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("method, rate, first", [(PLAIN_TEXT, 3.0, 4), (SCALED, 0.15, 1)])
+def test_the_best_or_the_fixed_rate_is_repeated_with_more_seeds_and_nothing_runs_twice(
+    method, rate, first, folder, tmp_path, monkeypatch, capsys
+):
     calls = []
 
-    def train(run, model, evaluation_rows):
+    def train(run, model, data):
         calls.append(run)
-        return {"validation": 1.0 if run.learning_rate == 0.07 else 0.5, "test": run.seed / 10}
+        return {"validation": run.learning_rate, "test": run.seed / 10}
 
-    def run_all(kind, runs, work, path, processes):
-        return {run: work(run) for run in runs} | found
+    def run_all(kind, runs, train, path, processes):
+        found.update({run: train(run) for run in runs if run not in found})
+        return found
 
     found = {}
     monkeypatch.setattr(real_learning, "train", train)
-    monkeypatch.setattr(real_learning, "run_all", lambda *args: found.update(run_all(*args)) or found)
-    options = ["--model", folder, "--datasets", "a/trec", "--methods", SCALED, "--output", str(tmp_path)]
+    monkeypatch.setattr(real_learning, "run_all", run_all)
+    options = ["--model", folder, "--datasets", "trec", "--methods", method, "--output", str(tmp_path / "runs")]
     monkeypatch.setattr(sys, "argv", ["real_learning.py", *options])
     real_learning.main()
-    assert [(run.learning_rate, run.seed) for run in calls[4:]] == [(0.07, 1), (0.07, 2)]
+    assert [(run.learning_rate, run.seed) for run in calls[first : first + 2]] == [(rate, 1), (rate, 2)]
+    assert len(calls) == 6
     line = json.loads(capsys.readouterr().out)
-    assert line == {"task": "trec", "method": SCALED, "learning_rate": 0.07, "test": [0.0, 0.1, 0.2]}
+    assert line == {"task": "trec", "method": method, "learning_rate": rate, "test": [0.0, 0.1, 0.2]}
+
+
+def test_examples_follow_the_instruction_one_of_each_label_in_turn(tokenizer):
+    rows = [Row((7, 8), (13,)), Row((7, 9), (13,)), Row((5, 6), (10, 11)), Row(tuple(range(4, 60)), (10, 14))]
+    task = replace(TASK, splits={**TASK.splits, "train": rows})
+    text = task.with_examples(tokenizer, seed=0, longest=14)
+    length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert text.startswith(task.instruction) and length <= 14
+    labels = [tokenizer.decode(label) for label in task.labels]
+    assert [sum(line.endswith(label) for line in text.split("\n")) for label in labels] == [1, 0, 2]  # one is too long
+    assert text.split("\n")[0].endswith(labels[0])
+    assert task.with_examples(tokenizer, seed=1, longest=14) != task.with_examples(tokenizer, seed=0, longest=0)
+
+
+def records_of(method, tasks=("a", "b"), offset=0.0):
+    """Runs of a whole search: the second rate is the best one on validation, and seeds differ on test."""
+    rates = METHODS[method].rates
+    best = METHODS[method].fixed_rate or rates[1]
+    for task in tasks:
+        for rate, seed in [(rate, 0) for rate in rates] + [(best, seed) for seed in (1, 2)]:
+            validation = 0.8 if rate == best else 0.4
+            curve = [(30, 0.5), (75, 0.9 if method == RECOMMENDED else 0.6)]
+            results = {"validation": validation, "test": 0.7 + offset + seed / 100, "curve": curve, "trained": 10}
+            yield {**asdict(Run("m", task, method, rate, seed)), **results, "diverged": False, "seconds": 1.0}
+
+
+def test_the_page_compares_complete_methods_at_fixed_and_at_best_rates(tmp_path):
+    records = [*records_of(RECOMMENDED, offset=0.05), *records_of(PLAIN), *records_of(PLAIN_TEXT, offset=0.01)]
+    records += records_of("LoRA", tasks=("a",))
+    found = real_report.Results(records)
+    assert found.methods == [RECOMMENDED, PLAIN, PLAIN_TEXT]  # LoRA has not run everywhere
+    assert found.test(PLAIN)["b"] == pytest.approx([70, 71, 72])
+    assert found.by_rate(PLAIN) == pytest.approx([40, 80, 40, 40])
+    assert found.steps_to_plain(RECOMMENDED, "a") == 0.5 and found.steps_to_plain(PLAIN, "a") == 1.0
+    page = real_report.page(found)
+    assert "| over prompt tuning | +5.0 ± 0.0* | +5.0 ± 0.0* | +5.0 ± 0.0* |" in page
+    assert "Not run yet on every data set: prompt tuning, examples, LoRA" in page
+    with open(tmp_path / "learning-decoder.jsonl", "w") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "README.md").write_text("<!-- learning-decoder -->\n<!-- /learning-decoder -->\n")
+    script = [sys.executable, str(ROOT / "examples/benchmarks/real_report.py"), str(tmp_path)]
+    subprocess.run([*script, "--include", str(tmp_path / "README.md")], check=True)
+    assert real_report.summary_table(found) in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "learning-decoder.md").exists() and (tmp_path / "learning-decoder-rates.png").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ class Task:
     labels: tuple[tuple[int, ...], ...]
     splits: dict[str, list[Row]]
     instruction: str
+
+    def with_examples(self, tokenizer: Any, seed: int, longest: int = 128) -> str:
+        """The instruction followed by training rows with their labels, one of each label in turn.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): The model's tokenizer.
+            seed (`int`): Chooses the rows.
+            longest (`int`): Tokens of the text. Rows that do not fit are skipped.
+        """
+        of_label: dict[tuple[int, ...], list[Row]] = {label: [] for label in self.labels}
+        order = torch.randperm(len(self.splits["train"]), generator=torch.Generator().manual_seed(seed)).tolist()
+        for i in order[:1000]:
+            of_label[self.splits["train"][i].label].append(self.splits["train"][i])
+        text = self.instruction
+        for row in (row for turn in zip_longest(*of_label.values()) for row in turn if row is not None):
+            longer = f"{text} {tokenizer.decode(row.text + row.label)}\n"
+            if len(tokenizer(longer, add_special_tokens=False)["input_ids"]) <= longest:
+                text = longer
+        return text
 
 
 def read(source: str) -> DatasetDict:
@@ -123,7 +143,7 @@ def packed_logits(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 16) -> float:
+def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 32) -> float:
     """The share of rows whose label greedy decoding gives when it may only write labels of the task."""
     model.eval()
     correct = sum(count_correct(model, task, rows[start : start + size]) for start in range(0, len(rows), size))

