@@ -5,7 +5,7 @@ then work as for PEFT's own methods. What is not exported here is reached throug
 `peft_residual.export.vllm_request`.
 """
 
-from .peft_model.compat import check_peft
+from .compat import check_peft, warn_of_stock_generation, warn_of_untested_hosts
 
 
 check_peft()
@@ -53,3 +53,5 @@ __all__ = [
 ]
 
 register()
+warn_of_untested_hosts()
+warn_of_stock_generation()

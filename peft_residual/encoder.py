@@ -102,6 +102,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         with torch.no_grad():
             checkpoint.check_projection(vars(config), projected, encoder.project())
         encoder._remember(projected.to("cpu", copy=True))
+        encoder._skeleton.eval()  # built here, since torch.compile cannot do it
         return encoder
 
     def _assemble(self, config: ResidualPromptTuningConfig, embedding: Tensor, network: nn.Module) -> None:
@@ -140,17 +141,17 @@ class ResidualPromptEncoder(BasePromptEncoder):
         """Whether any weight of the prompt or its network takes a gradient."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
-    def project(self) -> Tensor:
+    def project(self, dropout: bool = True) -> Tensor:
         """Compute `E' = E + φ(E)` from the live weights, with gradients: `[P, H]`, float32 or wider."""
-        embedding = self.embedding.weight
+        embedding, training = self.embedding.weight, self.network.training and dropout
         # Autocast off: training computes the prompt in the precision in which it is saved.
         with torch.autocast(embedding.device.type, enabled=False):
-            if embedding.dtype not in (torch.float16, torch.bfloat16):
+            if embedding.dtype not in (torch.float16, torch.bfloat16) and training == self.network.training:
                 return _prompt_of(self.config, embedding, self.network(embedding))
             # Taken from their modules one by one: that is where ZeRO-3 notices that it must gather them.
             parameters = {name: self.network.get_parameter(name) for name, _ in self.network.named_parameters()}
             tensors = {**parameters, **dict(self.network.named_buffers())}
-            return self._run(embedding, tensors, training=self.network.training)
+            return self._run(embedding, tensors, training)
 
     @torch.no_grad()
     def project_state(self, state: Mapping[str, Tensor]) -> Tensor:
@@ -182,6 +183,8 @@ class ResidualPromptEncoder(BasePromptEncoder):
 
     def frozen_projection(self) -> Tensor:
         """The projected prompt of frozen weights, without dropout: `[P, H]`, recomputed only if a weight changed."""
+        if torch.compiler.is_compiling():  # a graph cannot ask whether a weight changed
+            return self.project(dropout=False)
         projected = self._remembered()
         if projected is None:
             projected = self.project_state(gathered_state(self)).to(self.embedding.weight.device)
@@ -205,10 +208,7 @@ class ResidualPromptEncoder(BasePromptEncoder):
         dtype = self.embedding.weight.dtype
         is_valid = self._remembered() is not None
         super()._apply(fn, recurse)
-        if is_valid and self.embedding.weight.dtype == dtype:
-            self._projected_key = self._key()
-        else:
-            self._projected = None
+        self._projected_key = self._key() if is_valid and self.embedding.weight.dtype == dtype else ()
         return self
 
     # --- PEFT's hooks for saving and loading ----------------------------------------------------------------------

@@ -26,6 +26,9 @@ SLOW = (
     "test_examples",
     "test_distributed",
     "test_learning",
+    "test_architectures",
+    "test_compile",
+    "test_generation",
     "test_reproduce",
     "test_hub",
     "test_precision",
@@ -194,7 +197,12 @@ def tokenizer_folder(tmp_path_factory):
     backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
+        model_input_names=["input_ids", "attention_mask"],
     )
     folder = tmp_path_factory.mktemp("tokenizer")
     tokenizer.save_pretrained(folder)

@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         is_new = repo not in self.hub.repos
         if is_new:
             self.hub.create(repo)
-            if values.get("visibility") == "private":
+            if values.get("visibility") == "private" or values.get("private"):  # the client before 1.0
                 self.hub.private.add(repo)
         self.reply({"url": f"{self.hub.url}/{repo}"}, 200 if is_new else 409)
 

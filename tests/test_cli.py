@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -118,6 +119,7 @@ def test_merge_writes_a_plain_adapter(run, adapter, base_folder, tmp_path):
     assert run("check", tmp_path / "merged")[0] == 0
 
 
+@pytest.mark.filterwarnings("ignore:PEFT .* itself generates wrong tokens")
 def test_export_writes_each_format(run, adapter, tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "gpt2")
     base = type(tiny_gpt2()).from_pretrained(tmp_path / "gpt2")
@@ -242,3 +244,11 @@ def test_the_command_runs_as_a_process(adapter, tmp_path):
     bad = run_python(run_module, "inspect", tmp_path / "nowhere")
     assert (bad.returncode, bad.stdout) == (1, "")
     assert "peft-residual: error: " in bad.stderr and "Traceback" not in bad.stderr
+
+
+def test_the_version_names_the_hosts(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["--version"])
+    out = capsys.readouterr().out
+    assert error.value.code == 0 and out.startswith(f"peft-residual {version('peft-residual')} (peft ")
+    assert f"transformers {version('transformers')}," in out

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_config, tiny_gpt2, tiny_llama
+from hosts import TRANSFORMERS
 from peft import get_peft_model
 from trainers import make_trainer
 
@@ -38,6 +39,8 @@ def run(model, inputs, share, at_labels):
 @pytest.mark.parametrize("share", (False, True))
 @pytest.mark.parametrize("items", (None, 7))
 def test_loss_and_gradients_are_the_same(build, side, columns, share, items):
+    if build is tiny_gpt2 and TRANSFORMERS < (4, 53):
+        pytest.skip("GPT-2 of this transformers cannot run in float64")
     model = get_peft_model(build().double(), make_config(task_type="CAUSAL_LM", num_virtual_tokens=P))
     disable_base_dropout(model)
     inputs = batch(side)

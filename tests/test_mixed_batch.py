@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_config, sharpen, tiny_bart, tiny_gpt2, tiny_t5
+from hosts import STOCK_GENERATION
 from peft import PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS, Scenario, make_batch, train
 
@@ -130,7 +131,8 @@ def test_generated_rows_are_those_that_each_adapter_generates_alone(name, settin
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, **settings}
 
     def generate(model, batch):
-        return model.generate(**batch, **settings)[:, -6:]
+        stock = {} if "adapter_names" in batch else STOCK_GENERATION
+        return model.generate(**batch, **settings, **stock)[:, -6:]
 
     mixed = generate(model, {**batch, "adapter_names": NAMES})
     expected = torch.cat([alone(model, adapter, batch, row, generate) for row, adapter in enumerate(NAMES)])

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from conftest import WIDTH, make_config, make_encoder, tiny_t5
+from hosts import skip_before
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -251,7 +252,10 @@ def test_every_activation_of_transformers_runs_and_trains(name):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in encoder.parameters())
 
 
-@pytest.mark.parametrize("name", ("prelu", "xielu"))
+@pytest.mark.parametrize(
+    "name",
+    ("prelu", pytest.param("xielu", marks=skip_before((5, 0), "xielu is missing or cannot be built without data"))),
+)
 def test_the_weights_of_an_activation_are_trained_and_saved_with_the_network(name, tmp_path):
     model = get_peft_model(tiny_t5(), make_config(encoder_activation=name))
     weights = [p for n, p in model.named_parameters() if ".activation." in n and p.requires_grad]

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+import transformers
 from conftest import make_config, tiny, tiny_gpt2, tiny_llama, tiny_opt, tiny_t5
 from fresh_process import run_python
+from hosts import STOCK_GENERATION, TRANSFORMERS
 from peft import PeftConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from scenarios import SCENARIOS, fresh, relative_difference, train
@@ -30,6 +32,8 @@ WINDOWED = {  # windows that are shorter than prompt and text, and than the prom
     "gemma2": lambda: tiny("Gemma2", sliding_window=3, head_dim=8),
     "gemma3": lambda: tiny("Gemma3Text", sliding_window=6, head_dim=8),
 }
+# They need another type of cache there, and are refused.
+HYBRID = ("gemma2", "gemma3") if TRANSFORMERS < (4, 53) else ()
 
 
 def prompted(base, **overrides):
@@ -92,6 +96,10 @@ def test_stock_peft_gives_logits_and_generations_of_the_live_model_without_this_
         base = build()
         model = prompted(fresh(base))
         base.generation_config = model.base_model.generation_config
+        if name in HYBRID:
+            with pytest.raises(ValueError, match="cannot continue from the prompt's keys and values"):
+                save_as_prefix_tuning(model, tmp_path / name / "prefix")
+            continue
         save_as_prefix_tuning(model, tmp_path / name / "prefix")
         batches = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows()]
         batches += [padded_batch()] if name in BASES else []
@@ -104,7 +112,8 @@ def test_stock_peft_gives_logits_and_generations_of_the_live_model_without_this_
         assert len(stock) == len(live) == (3 if name in BASES else 2)
         for (logits, generated), (live_logits, live_generated), mask in zip(stock, live, masks):
             assert relative_difference(logits[mask], live_logits[mask]) <= 1e-5, name
-            assert torch.equal(generated, live_generated), name
+            if not STOCK_GENERATION:  # else it is PEFT that generates wrong tokens
+                assert torch.equal(generated, live_generated), name
 
 
 def test_prefix_has_the_layout_of_a_stock_adapter(tmp_path):
@@ -193,10 +202,12 @@ def test_models_whose_prompt_is_no_prefix_are_refused_by_name(tmp_path):
     cases = [
         (tiny("Llama", rope_parameters=scaled), "LlamaForCausalLM has rotary positions of type 'dynamic'"),
         (mla, "DeepseekV3ForCausalLM leaves 4 keys and values of shapes"),
-        (tiny("Mamba", state_size=4), "MambaForCausalLM leaves 0 keys and values"),
-        (tiny("Qwen3Next", num_experts=0, head_dim=8), "Qwen3NextForCausalLM does not put its keys and values"),
+        (tiny("Mamba", state_size=4), "MambaForCausalLM (leaves 0|does not put its) keys and values"),
         (LooksAtTheWholeText(tiny("Llama").config).eval(), "LooksAtTheWholeText computes other logits"),
     ]
+    if hasattr(transformers, "Qwen3NextConfig"):
+        hybrid = tiny("Qwen3Next", num_experts=0, head_dim=8)
+        cases.append((hybrid, "Qwen3NextForCausalLM does not put its keys and values"))
     for base, message in cases:
         model = get_peft_model(base, make_config(task_type="CAUSAL_LM"))
         with pytest.raises(ValueError, match=message):

@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
+from hosts import HAS_TUPLES, needs_filled_caches
 from peft import get_peft_model
 from scenarios import SCENARIOS, Scenario, make_batch, train
 from transformers import BertLMHeadModel
 
 from peft_residual import convert_to_prompt_tuning
+from peft_residual.compat import assists_from_embeddings, takes_logits_to_keep
 
 
 def tiny_sliding():
@@ -26,6 +28,8 @@ BASES = {"gpt2": tiny_gpt2, "llama": tiny_llama, "opt": tiny_opt, "mistral": tin
 
 
 def make_model(name="llama", **overrides):
+    if name in ("gpt2", "opt") and HAS_TUPLES:
+        pytest.skip("GPT-2 and OPT of this transformers return tuples, and run without the prompt cache")
     scenario = Scenario("CAUSAL_LM", BASES[name], SCENARIOS["llama"].labels)
     model = scenario.model(num_virtual_tokens=6, **overrides)
     return model.eval()
@@ -56,6 +60,8 @@ def test_logits_of_the_text_are_the_same_and_the_prompt_is_computed_once(name, p
     model, batch = make_model(name), make_batch(padding_side=padding_side)
     if name == "mistral":  # with padding it runs as without a cache
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    if not takes_logits_to_keep(model.base_model):
+        pytest.skip(f"{name} of this transformers computes all logits")
     counter = Counter(model)
 
     def run():
@@ -72,6 +78,7 @@ def test_logits_of_the_text_are_the_same_and_the_prompt_is_computed_once(name, p
     assert counter.during(run)[0] == 6 * (6 + 7)
 
 
+@needs_filled_caches
 @pytest.mark.parametrize("settings", [{}, {"do_sample": True, "top_k": 5}, {"repetition_penalty": 1.3}])
 @pytest.mark.parametrize("name", BASES)
 def test_generation_is_the_same(name, settings):
@@ -103,6 +110,8 @@ def test_generation_is_the_same(name, settings):
     ],
 )
 def test_what_cannot_go_on_from_a_cache_runs_without(settings):
+    if "prompt_lookup_num_tokens" in settings and not assists_from_embeddings():
+        pytest.skip("this transformers cannot start prompt lookup from embeddings")
     model, batch = make_model(), make_batch(rows=1, padding_side="left")
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, **settings}
 

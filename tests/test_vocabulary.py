@@ -24,6 +24,7 @@ from text_tokenizers import (
 )
 
 from peft_residual import save_as_vocabulary
+from peft_residual.peft_model.base_model import SWITCH
 
 
 P = 4
@@ -223,7 +224,8 @@ class ReadsIds(transformers.GPT2LMHeadModel):
         return super().forward(inputs_embeds=inputs_embeds, **kwargs)
 
 
-def test_architectures_that_cannot_be_right_are_refused_by_name(tmp_path):
+def test_architectures_that_cannot_be_right_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
     tokenizer = bytes_tokenizer()
     cases = [
         (

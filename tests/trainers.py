@@ -2,6 +2,7 @@
 
 import torch
 from conftest import make_config
+from hosts import TRANSFORMERS
 from peft import get_peft_model
 from scenarios import SCENARIOS
 from transformers import Trainer, TrainingArguments
@@ -55,6 +56,8 @@ def make_trainer(folder, name="t5", callbacks=None, config=None, **overrides):
         settings.setdefault("encoder_dropout", 0.3)
     model = get_peft_model(scenario.build(), make_config(task_type=scenario.task_type, **settings))
     rows = Rows(scenario)
+    if TRANSFORMERS < (4, 56):  # which finds no labels in a `PeftModel`, and evaluates without a loss
+        overrides.setdefault("label_names", [name for name in rows[0] if name not in ("input_ids", "attention_mask")])
     return Trainer(
         model, arguments(folder, **overrides), train_dataset=rows, eval_dataset=rows, callbacks=callbacks or []
     )

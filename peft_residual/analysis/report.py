@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..config import ResidualPromptTuningConfig
 from ..encoder import ResidualPromptEncoder
-from ..peft_model.adapters import special_ids
+from ..peft_model.base_model import special_ids
 from ..storage.checkpoint import EMBEDDING_KEY
 from ..storage.saved_adapter import read_adapter
 from ..word_embeddings import look_up

@@ -11,10 +11,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import platform
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
+from importlib.metadata import version
 
+from ..compat import connection_error
 from .check import check_command, inspect_command
 from .export import export_command, merge_command
 from .share import card_command, push_command
@@ -43,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser(
         "peft-residual", description="Inspect, export, check and share residual prompt tuning adapters."
     )
+    parser.add_argument("--version", action="version", version=_versions())
     subparsers = parser.add_subparsers(required=True, metavar="command")
     for name, command in COMMANDS.items():
         text = inspect.getdoc(command) or ""
@@ -51,13 +55,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser.set_defaults(run=command(subparser))
         subparser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # broken connections are no `OSError`
-
     try:
         outcome: Outcome = options.run(options)
-    except (ValueError, OSError, ImportError, HTTPError) as error:
+    except (ValueError, OSError, ImportError, connection_error()) as error:
         say(f"error: {error}".replace("`overwrite=True`", "--overwrite"))
         return 1
     text = json.dumps(outcome.values, indent=2, ensure_ascii=False) if options.json else outcome.text
     sys.stdout.write(text + "\n")
     return outcome.code
+
+
+def _versions() -> str:
+    """The package's version and its hosts', for reports of bugs."""
+    hosts = ", ".join(f"{name} {version(name)}" for name in ("peft", "transformers", "torch"))
+    return f"peft-residual {version('peft-residual')} ({hosts}, Python {platform.python_version()})"

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model_state_dict
 from torch import Tensor
 
+from ..compat import cache_name, cache_of, keys_and_values, warn_of_stock_generation
 from ..storage import checkpoint
 from .prompt_tuning import get_prompt_tensor, write_adapter
 from .shared import evaluating, find_adapter, is_close
@@ -59,14 +60,15 @@ def save_as_prefix_tuning(
             f"Adapter {adapter_name!r} has task_type={str(config.task_type)!r}; only the prompt of a causal "
             "language model (CAUSAL_LM) can be replaced by its keys and values. Use `save_as_prompt_tuning`."
         )
+    warn_of_stock_generation()
     base_model = model.get_base_model()
     _refuse_moving_positions(base_model)
     prompt = get_prompt_tensor(model, adapter_name)
     with evaluating(base_model):
-        keys_and_values = _run_prompt(base_model, prompt)
-        _check_equivalence(base_model, prompt, keys_and_values)
+        states = _run_prompt(base_model, prompt)
+        _check_equivalence(base_model, prompt, states)
     _warn_of_windows(base_model)
-    key_heads, tokens, head_width = keys_and_values[0].shape[1:]
+    key_heads, tokens, head_width = states[0].shape[1:]
     prefix_config = PrefixTuningConfig(
         task_type="CAUSAL_LM",
         base_model_name_or_path=config.base_model_name_or_path or getattr(base_model, "name_or_path", None),
@@ -75,13 +77,13 @@ def save_as_prefix_tuning(
         modules_to_save=config.modules_to_save,
         num_virtual_tokens=tokens,
         num_transformer_submodules=1,
-        num_layers=len(keys_and_values) // 2,
+        num_layers=len(states) // 2,
         num_attention_heads=key_heads,
         token_dim=key_heads * head_width,
         encoder_hidden_size=key_heads * head_width,
     )
     # PEFT's order: token by token, layer by layer, key before value, head by head.
-    flat = torch.stack([tensor[0].transpose(0, 1) for tensor in keys_and_values], dim=1).reshape(tokens, -1)
+    flat = torch.stack([tensor[0].transpose(0, 1) for tensor in states], dim=1).reshape(tokens, -1)
     saved = checkpoint.strip(get_peft_model_state_dict(model, adapter_name=adapter_name))
     tensors = {**saved, checkpoint.PROJECTED_KEY: flat.cpu()}
     return write_adapter(save_directory, prefix_config, tensors, trained_as=config, overwrite=overwrite)
@@ -90,17 +92,15 @@ def save_as_prefix_tuning(
 @torch.no_grad()
 def _run_prompt(base_model: Any, prompt: Tensor) -> list[Tensor]:
     """Key and value of each layer in turn, `[1, key heads, P, head width]`."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()  # without a config: layers with a sliding window keep the whole prompt too
+    cache = cache_of(base_model, ())  # without a config: layers with a sliding window keep the whole prompt too
     try:
-        base_model(inputs_embeds=_as_input(base_model, prompt), past_key_values=cache, use_cache=True)
+        outputs = base_model(inputs_embeds=_as_input(base_model, prompt), **{cache_name(): cache}, use_cache=True)
     except (AttributeError, IndexError, TypeError, ValueError) as error:  # a model with its own type of cache
         raise ValueError(
             f"{type(base_model).__name__} does not put its keys and values in transformers' cache ({error}), which "
             "a prefix tuning adapter needs. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
         ) from error
-    states = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    states = keys_and_values(outputs.get(cache_name(), ()) if cache is None else cache)
     tensors = [state for state in states if isinstance(state, Tensor)]
     shapes = {tuple(tensor.shape) for tensor in tensors}
     layers = base_model.config.get_text_config().num_hidden_layers
@@ -114,15 +114,19 @@ def _run_prompt(base_model: Any, prompt: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def _check_equivalence(base_model: Any, prompt: Tensor, keys_and_values: list[Tensor]) -> None:
+def _check_equivalence(base_model: Any, prompt: Tensor, states: list[Tensor]) -> None:
     """Check that a text has the same outputs after the keys and values as after the prompt."""
-    from transformers import DynamicCache
-
     embeddings = base_model.get_input_embeddings()
     ids = torch.linspace(0, embeddings.num_embeddings - 1, PROBE_LENGTH).long().unsqueeze(0)
     text = embeddings(ids.to(embeddings.weight.device))
-    cache = DynamicCache(list(zip(keys_and_values[::2], keys_and_values[1::2])))
-    found = base_model(inputs_embeds=text, past_key_values=cache, use_cache=True).logits
+    cache = cache_of(base_model, list(zip(states[::2], states[1::2])))
+    try:
+        found = base_model(inputs_embeds=text, **{cache_name(): cache}, use_cache=True).logits
+    except (IndexError, RuntimeError) as error:  # a model that needs another type of cache
+        raise ValueError(
+            f"{type(base_model).__name__} cannot continue from the prompt's keys and values ({error}), so they cannot "
+            "replace it. Use `save_as_prompt_tuning` or `save_as_vocabulary`."
+        ) from error
     inputs = torch.cat([_as_input(base_model, prompt), text], dim=1)
     expected = base_model(inputs_embeds=inputs, use_cache=False).logits[:, len(prompt) :]
     if not is_close(found, expected):

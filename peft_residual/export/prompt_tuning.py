@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..compat import warn_of_stock_generation
 from ..config import PEFT_TYPE, ResidualPromptTuningConfig
 from ..storage import atomic, checkpoint, model_card
 from ..storage.files import read_prompt
@@ -59,6 +60,8 @@ def convert_to_prompt_tuning(model: PeftModel, adapter_name: str | None = None) 
             f"The weights of adapter {adapter_name!r} are sharded by FSDP2 or ZeRO-3, which keep references to them. "
             "Save it with `model.save_pretrained` and merge the folder with `save_as_prompt_tuning`."
         )
+    if config.task_type == "CAUSAL_LM":
+        warn_of_stock_generation()
     plain_config = config.to_prompt_tuning_config()
     prompt = get_prompt_tensor(model, adapter_name)
     with torch.random.fork_rng(devices=[]):  # PEFT draws a prompt, which is replaced on the next line
@@ -110,6 +113,8 @@ def save_as_prompt_tuning(
                 f"{PEFT_TYPE.value!r}. Only residual adapters have a network to merge."
             )
         saved.build_encoder()  # checks that embedding and network result in the projected prompt
+    if config.task_type == "CAUSAL_LM":
+        warn_of_stock_generation()
     plain_config = config.to_prompt_tuning_config(inference_mode=True)
     return write_adapter(save_directory, plain_config, tensors, trained_as=config, overwrite=overwrite)
 

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel, PromptTuningConfig
 from torch import Tensor
 
+from ..compat import dtype_argument, tied_weight_names
 from ..storage import atomic
 from .prompt_tokens import PROBES, add_tokens, find_prefixes, tokenizes_alike
 from .prompt_tuning import get_prompt_tensor
@@ -192,7 +193,7 @@ def _extend(
         state.update({name.removesuffix("weight") + "bias": new_bias for name in output_names})
     config, generation_config = copy.deepcopy(base_model.config), copy.deepcopy(base_model.generation_config)
     config.get_text_config().vocab_size = rows
-    if set(base_model.get_expanded_tied_weights_keys(all_submodels=True)) <= output_names:
+    if tied_weight_names(base_model) <= output_names:
         # If more than the output layer is tied (T5), loading finds out from the weights what is tied.
         config.tie_word_embeddings = False
     generation_config.suppress_tokens = sorted({*(generation_config.suppress_tokens or ()), *new_ids})
@@ -231,7 +232,7 @@ def _check_written(
             f"{type(tokenizer).__name__}, saved and loaded again, does not tokenize a text after new tokens as it "
             "does alone, so a prefix string cannot select a prompt. Use `save_as_prompt_tuning`."
         )
-    written = type(base_model).from_pretrained(folder, dtype=base_model.dtype).eval()
+    written = type(base_model).from_pretrained(folder, **dtype_argument(base_model.dtype)).eval()
     for adapter_name, prompt in prompts.items():
         _compare(base_model, written, prompt, export, adapter_name, tokenizer(PROBES[0]).input_ids)
 

@@ -20,6 +20,7 @@ from ..config_checks import check_width
 from ..encoder import ResidualPromptEncoder
 from ..storage import atomic, model_card
 from ..storage.sharded import gathered_state, is_sharded
+from .base_model import special_ids
 from .learning_rate import watch_learning_rate
 
 
@@ -90,12 +91,19 @@ class ResidualAdapters(PeftModel):
             finally:
                 self.peft_config[adapter_name] = config
             del self.prompt_encoder[adapter_name]
+            self._find_word_embeddings()
             encoder = ResidualPromptEncoder(config, self.word_embeddings, special_ids(self.base_model))
             self.prompt_encoder[adapter_name] = encoder.to(self.device)
-        # PEFT registers the base model's table under a second name, and FSDP2 cannot load a checkpoint that has both.
-        # A plain attribute is not registered.
-        if "word_embeddings" in self._modules:
-            self.__dict__["word_embeddings"] = self._modules.pop("word_embeddings")
+        self._find_word_embeddings()
+
+    def _find_word_embeddings(self) -> None:
+        # PEFT takes a weight with `vocab_size` rows, which may be another one, or not be there.
+        found = self._modules.pop("word_embeddings", None) or self.__dict__.get("word_embeddings")
+        own = self.base_model.get_input_embeddings() if hasattr(self.base_model, "get_input_embeddings") else None
+        if own is not None and getattr(found, "weight", None) is not own.weight:
+            found = own
+        # A plain attribute: PEFT registers the table twice, and FSDP2 cannot load a checkpoint that has both names.
+        self.__dict__["word_embeddings"] = found
 
     def install_encoder(
         self, adapter_name: str, config: ResidualPromptTuningConfig, encoder: ResidualPromptEncoder
@@ -106,6 +114,7 @@ class ResidualAdapters(PeftModel):
             ValueError: If the encoder has another width than the model.
         """
         plain = self.peft_config[adapter_name]
+        self._find_word_embeddings()
         check_width(encoder.config, self.word_embeddings)
         for name in ("token_dim", "num_layers", "num_attention_heads", "modules_to_save"):
             setattr(config, name, getattr(plain, name))  # PEFT has filled them in
@@ -271,29 +280,3 @@ class ResidualAdapters(PeftModel):
         """Update the card once more: transformers' `push_to_hub` replaces it by the Hub's or by a form."""
         self.create_or_update_model_card(str(working_dir))
         return super()._upload_modified_files(working_dir, *args, **kwargs)
-
-
-def special_ids(base_model: Any) -> set[int]:
-    """Every `*_token_id` in the base model's configuration."""
-    values = base_model.config.to_dict() if hasattr(base_model.config, "to_dict") else {}
-    ids: set[int] = set()
-    for name, value in values.items():
-        if name.endswith(("_token_id", "_token_ids")):
-            ids.update(i for i in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(i, int))
-    return ids
-
-
-def fill_in_sizes(config: ResidualPromptTuningConfig, base_model: Any) -> None:
-    """Fill in the model's sizes, of which PEFT knows only some names (not DistilBERT's, MPT's, Mamba's, ...).
-
-    The width is that of the word embeddings. Numbers of layers and heads are not used by a prompt; 1 if unknown.
-    """
-    get_embeddings = getattr(base_model, "get_input_embeddings", lambda: None)
-    width = getattr(get_embeddings(), "embedding_dim", None)
-    if vars(config)["token_dim"] is None and width is not None:
-        config.token_dim = width
-    model_config = getattr(base_model, "config", None)
-    text_config = getattr(model_config, "get_text_config", lambda: model_config)()
-    for name, attribute in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
-        if getattr(config, name) is None:
-            setattr(config, name, getattr(text_config, attribute, 1))

@@ -12,19 +12,20 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ..compat import with_cache_name
 from .adapters import ResidualAdapters
-from .generation import mask_of_padding
+from .base_model import accepts, refuse_images_by_position
+from .generation import check_assistant, first_token, mask_of_padding, penalizing_text
 from .inputs import (
     Inputs,
-    accepts_position_ids,
+    check_position_ids,
     extend,
     extend_mask,
     extend_positions,
     padding_first,
     positions_of,
-    refuse_packing,
     reorder,
     text_of,
 )
@@ -34,8 +35,6 @@ from .mixed_batch import BatchPrompt, heads_per_row, mixed_prompt
 class ResidualPeftModel(ResidualAdapters):
     """What all task classes share: `P` is `num_virtual_tokens`, `B` rows, `L` input tokens, `H` the width."""
 
-    # Whether the task passes `token_type_ids` on, with zeros for the prompt (as PEFT does), or drops them and warns.
-    keeps_token_type_ids = False
     # Whether `labels` has one entry per token, so that the prompt needs entries too, which the loss ignores.
     has_token_labels = False
 
@@ -55,6 +54,7 @@ class ResidualPeftModel(ResidualAdapters):
         if args:
             inputs.update(zip(inspect.signature(super().forward).parameters, args))
         inputs.pop("task_ids", None)
+        inputs = with_cache_name(inputs)
         if self._adapters_disabled:
             return self.base_model(**inputs)
         with heads_per_row(self, adapter_names):
@@ -66,15 +66,16 @@ class ResidualPeftModel(ResidualAdapters):
         `adapter_names` as in `forward`.
 
         Raises:
-            ValueError: If no `input_ids` are passed, or `adapter_names` do not fit.
+            ValueError: If there are no `input_ids` and no `bos_token_id` to start with, or if `adapter_names` or
+                `assistant_model` do not fit.
         """
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None and self.active_residual_config() is None:
             return super().generate(*args, **kwargs)
-        if len(args) > 1:
-            raise ValueError("`generate` takes one positional argument, the input ids. Name the others.")
-        if args:
-            kwargs["inputs"] = args[0]
+        signature = inspect.signature(self.base_model.generate)
+        signature.bind_partial(*args, **kwargs)  # raises a TypeError if an argument is given twice
+        kwargs.update(zip(signature.parameters, args))
+        kwargs = with_cache_name(kwargs)
         if "generation_config" in vars(self):  # set on the PeftModel by the user, as Trainer does
             kwargs.setdefault("generation_config", self.generation_config)
         if self._adapters_disabled:
@@ -82,7 +83,8 @@ class ResidualPeftModel(ResidualAdapters):
         inputs = kwargs.pop("inputs", None)
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None:
-            raise ValueError("`generate` needs `input_ids`. Pass the tokenized text.")
+            input_ids = first_token(kwargs, self.base_model)
+        check_assistant(kwargs.get("assistant_model"), self.base_model)
         if kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = mask_of_padding(input_ids, kwargs, self.base_model)
         with heads_per_row(self, adapter_names):
@@ -114,7 +116,8 @@ class ResidualPeftModel(ResidualAdapters):
 
     def prompted_generate(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Generate from inputs that do not contain the prompt yet."""
-        return self.base_model.generate(**self.prepend_prompt(prompt, inputs))
+        base_model = penalizing_text(self.base_model, inputs["input_ids"], inputs)
+        return base_model.generate(**self.prepend_prompt(prompt, inputs))
 
     def is_decoder_only(self) -> bool:
         """Whether the base model is decoder-only, with any head."""
@@ -154,12 +157,13 @@ class ResidualPeftModel(ResidualAdapters):
         inputs["inputs_embeds"] = torch.cat([prompt.embeds.to(embeds), embeds], dim=1)
         if mask is not None:
             inputs["attention_mask"] = extend_mask(mask, prompt)
-        if inputs.get("token_type_ids") is not None:
-            if self.keeps_token_type_ids:
-                inputs["token_type_ids"] = extend(inputs["token_type_ids"], length, 0, "token_type_ids")
-            else:
-                warnings.warn(f"{type(self).__name__} does not use `token_type_ids`; they are dropped.", stacklevel=2)
-                del inputs["token_type_ids"]
+        refuse_images_by_position(self.base_model, inputs)
+        if inputs.get("token_type_ids") is not None and not accepts(self.base_model, "token_type_ids"):
+            warnings.warn(f"{self.base_model_type} does not use `token_type_ids`; they are dropped.", stacklevel=2)
+            del inputs["token_type_ids"]
+        for name in ("token_type_ids", "global_attention_mask"):
+            if inputs.get(name) is not None:
+                inputs[name] = extend(inputs[name], length, 0, name)
         if self.has_token_labels and inputs.get("labels") is not None:
             inputs["labels"] = extend(inputs["labels"], length, -100, "labels")
         if self.is_decoder_only():
@@ -168,9 +172,13 @@ class ResidualPeftModel(ResidualAdapters):
         # Bidirectional models number positions in their own ways (RoBERTa starts at 2): they compute them.
         if position_ids is not None:
             warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
-        if prompt.filler is not None:  # the prompt must start at the first position: filler goes to the end
-            order = nn.functional.pad(prompt.filler.long(), (0, embeds.shape[1])).argsort(dim=1, stable=True)
-            self._reorder(inputs, order)
+        # The prompt must start at the first position, and the text follow it: filler and padding go to the end.
+        moved = torch.zeros(embeds.shape[:2], dtype=torch.bool) if mask is None else self.padding_to_move(mask)
+        if prompt.filler is not None or torch.compiler.is_compiling() or moved.any():
+            filler = moved.new_zeros(moved.shape[0], length) if prompt.filler is None else prompt.filler
+            self._reorder(
+                inputs, torch.cat([filler, moved.to(filler.device)], dim=1).long().argsort(dim=1, stable=True)
+            )
         return inputs
 
     def _move_padding(
@@ -178,17 +186,17 @@ class ResidualPeftModel(ResidualAdapters):
     ) -> None:
         """Move padding in front of the prompt and set positions that do not count it, in place."""
         if position_ids is not None:
-            refuse_packing(position_ids, mask)
+            check_position_ids(position_ids, mask)
             rows = prompt.embeds.shape[0]
             inputs["position_ids"] = extend_positions(position_ids.expand(rows, -1), prompt)
         if mask is not None:
             self._reorder(inputs, padding_first(self.padding_to_move(mask), prompt.embeds.shape[1]))
-            if position_ids is None and accepts_position_ids(self.base_model):
+            if position_ids is None and accepts(self.base_model, "position_ids"):
                 inputs["position_ids"] = positions_of(inputs["attention_mask"])
 
     def _reorder(self, inputs: Inputs, order: Tensor) -> None:
         """Put the columns of all inputs in the given order `[B, P + L]`, in place."""
-        names = ["inputs_embeds", "attention_mask", "position_ids", "token_type_ids"]
+        names = ["inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "global_attention_mask"]
         for name in names + ["labels"] * self.has_token_labels:
             if inputs.get(name) is not None:
                 inputs[name] = reorder(inputs[name], order)
@@ -198,7 +206,7 @@ class ResidualPeftModel(ResidualAdapters):
         return_dict = inputs.get("return_dict")
         if return_dict is None:
             return_dict = getattr(self.base_model.config, "return_dict", True)
-        outputs, start = run(prompt, {**inputs, "return_dict": True}), self.text_start(prompt)
+        outputs, start = run(prompt, {**inputs, "return_dict": True}), self.text_start(prompt, inputs)
         for name in names:
             output = outputs[name]
             length = output.shape[1] - prompt.embeds.shape[1]
@@ -206,11 +214,13 @@ class ResidualPeftModel(ResidualAdapters):
                 outputs[name] = output[:, start:].contiguous()
             else:
                 index = start.unsqueeze(1) + torch.arange(length, device=output.device)
-                outputs[name] = reorder(output, index)
+                outputs[name] = reorder(output, index.clamp(min=0))  # below 0: padding
         return outputs if return_dict else outputs.to_tuple()
 
-    def text_start(self, prompt: BatchPrompt) -> int | Tensor:
-        """Where the input's tokens begin in the outputs: one number, or `[B]`."""
-        if prompt.lengths is None or self.is_decoder_only():
-            return prompt.embeds.shape[1]
-        return prompt.lengths
+    def text_start(self, prompt: BatchPrompt, inputs: Inputs) -> int | Tensor:
+        """Where the first column of the input is in the outputs: one number, or `[B]`."""
+        length, mask = prompt.embeds.shape[1], inputs.get("attention_mask")
+        if self.is_decoder_only() or (prompt.lengths is None and mask is None):
+            return length
+        moved = 0 if mask is None else self.padding_to_move(mask).sum(dim=1)
+        return (length if prompt.lengths is None else prompt.lengths) - moved

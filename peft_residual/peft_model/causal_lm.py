@@ -7,12 +7,22 @@ from typing import Any
 
 import peft
 import torch
+from torch import Tensor
 
+from ..compat import cache_name, generates_from_a_filled_cache, has_sliding_layers, takes_logits_to_keep
 from .base import ResidualPeftModel
-from .generation import can_continue_from_cache, count_new_tokens
+from .base_model import accepts, reads_ahead
+from .generation import (
+    can_continue_from_cache,
+    check_direction,
+    count_new_tokens,
+    penalizing_text,
+    refuse_assistance,
+    setting,
+    taking_embeds,
+)
 from .inputs import (
     Inputs,
-    accepts_position_ids,
     extend_mask,
     extend_positions,
     padding_first,
@@ -48,6 +58,12 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             raise ValueError(
                 f"Only a causal model can cache its prompt, and {self.base_model_type!r} is bidirectional. Use the "
                 "model without the cache."
+            )
+        if not generates_from_a_filled_cache():
+            warnings.warn(
+                "`generate` does not use the prompt cache: this transformers (5.0 to 5.2) ignores the length of a "
+                "filled cache. Outputs are the same. Install transformers>=5.3 to use it.",
+                stacklevel=2,
             )
         self._prompt_cache = PromptCache()
 
@@ -87,16 +103,18 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         self._logits_at_labels = enabled
 
     def continue_from_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs | None:
-        """Inputs `[B, P + L]` with the prompt's keys and values in `past_key_values`; None if they cannot be used."""
+        """Inputs `[B, P + L]` with the prompt's keys and values in the cache; None if they cannot be used."""
         mask, embeds = inputs.get("attention_mask"), inputs.get("inputs_embeds")
         if self._prompt_cache is None or self.training or torch.is_grad_enabled() or not prompt.is_shared:
             return None
-        if inputs.get("past_key_values") is not None or inputs.get("position_ids") is not None:
+        if inputs.get(cache_name()) is not None or inputs.get("position_ids") is not None:
+            return None
+        if reads_ahead(self.base_model):
             return None
         embeds = self.word_embeddings(inputs["input_ids"]) if embeds is None else embeds
         cache = self._prompt_cache.for_batch(self.base_model, prompt.embeds[0], embeds.shape[0])
         # Padding between prompt and text would push the prompt out of a sliding window.
-        if cache is None or (any(cache.is_sliding) and mask is not None and not mask.all()):
+        if cache is None or (has_sliding_layers(cache, self.base_model) and mask is not None and not mask.all()):
             return None
         if mask is None:
             mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=embeds.device)
@@ -104,7 +122,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             **{name: value for name, value in inputs.items() if name != "input_ids"},
             "inputs_embeds": torch.cat([prompt.embeds.to(embeds), embeds], dim=1),
             "attention_mask": extend_mask(mask, prompt),
-            "past_key_values": cache,
+            cache_name(): cache,
         }
 
     def is_decoder_only(self) -> bool:
@@ -112,6 +130,10 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         from transformers.models.auto import modeling_auto
 
         return self.base_model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    def padding_to_move(self, mask: Tensor) -> Tensor:
+        """As for all tasks; none in a bidirectional architecture, for which `generate` computes positions."""
+        return super().padding_to_move(mask) if self.is_decoder_only() else torch.zeros_like(mask, dtype=torch.bool)
 
     def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         """As for all tasks. In a row without a prompt nothing predicts the first token: it gets no label."""
@@ -122,11 +144,24 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         return at_labels(inputs) if self._logits_at_labels else inputs
 
     def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
-        """Run the base model. `past_key_values` that are not empty already contain the prompt."""
-        cache = inputs.get("past_key_values")
+        """Run the base model. A cache that is not empty already contains the prompt.
+
+        Raises:
+            ValueError: If a row begins with padding, and the model has the architecture of a bidirectional one, which
+                numbers positions in its own way.
+        """
+        mask = inputs.get("attention_mask")
+        if mask is not None and not self.is_decoder_only() and not torch.compiler.is_compiling():
+            if not mask[:, 0].all():
+                raise ValueError(
+                    f"{self.base_model_type!r} numbers positions in its own way, and left padding would get between "
+                    "prompt and text. Set `tokenizer.padding_side = 'right'`."
+                )
+        cache = inputs.get(cache_name())
         if cache is not None and cache.get_seq_length() > 0:
             return self.base_model(**self._after_cache(prompt, inputs))
-        cached = self.continue_from_prompt(prompt, inputs) if _needs_only_the_text(inputs) else None
+        only_text = _needs_only_the_text(inputs) and takes_logits_to_keep(self.base_model)
+        cached = self.continue_from_prompt(prompt, inputs) if only_text else None
         if cached is None:
             outputs = None
             share = pays_to_share(prompt, inputs) if self._share_prompt is None else self._share_prompt
@@ -135,7 +170,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             return super().prompted_forward(prompt, inputs) if outputs is None else outputs
         length = prompt.embeds.shape[1]
         cached["inputs_embeds"] = cached["inputs_embeds"][:, length:]
-        if accepts_position_ids(self.base_model):
+        if accepts(self.base_model, "position_ids"):
             cached["position_ids"] = positions_of(cached["attention_mask"])[:, length:]
         return self.base_model(**cached)
 
@@ -145,7 +180,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         if mask is not None:
             order = padding_first(self.padding_to_move(mask), length)
             inputs["attention_mask"] = reorder(extend_mask(mask, prompt), order)
-            if position_ids is None and accepts_position_ids(self.base_model):
+            if position_ids is None and accepts(self.base_model, "position_ids"):
                 inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -text_of(inputs).shape[1] :]
         if position_ids is not None:
             inputs["position_ids"] = extend_positions(position_ids, prompt)[:, length:]
@@ -154,23 +189,28 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
     def prompted_generate(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Generate from prompt and text. The returned ids and the requested lengths refer to the text only."""
         input_ids = inputs["input_ids"]
+        refuse_assistance(inputs, self.base_model)
+        check_direction(self.base_model, inputs)
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
+        if setting("prefill_chunk_size", inputs, self.base_model) is not None:
+            warnings.warn("`prefill_chunk_size` has no effect: prompt and text are read in one piece.", stacklevel=2)
+            inputs["prefill_chunk_size"] = None
         cached = None
-        if can_continue_from_cache(inputs, self.base_model):
+        if generates_from_a_filled_cache() and can_continue_from_cache(inputs, self.base_model):
             with torch.no_grad():  # as transformers' `generate`
                 cached = self.continue_from_prompt(prompt, inputs)
-        if cached is not None:
-            count_new_tokens(cached, self.base_model, input_ids.shape[1])
-            return self.base_model.generate(input_ids=input_ids, **cached)
-        prompted = self.prepend_prompt(prompt, inputs)
+        prompted = self.prepend_prompt(prompt, inputs) if cached is None else cached
         prompted.pop("position_ids", None)  # transformers computes them from the mask, at every step
-        # Drop padding that all rows share: assisted decoding, which takes one row, fails with any.
-        unused = int(prompted["attention_mask"].any(dim=0).long().argmax())
-        for name in ("attention_mask", "inputs_embeds"):
-            prompted[name] = prompted[name][:, unused:]
+        if cached is None:
+            # Drop padding that all rows share: assisted decoding, which takes one row, fails with any.
+            unused = int(prompted["attention_mask"].any(dim=0).long().argmax())
+            for name in ("attention_mask", "inputs_embeds"):
+                prompted[name] = prompted[name][:, unused:]
         count_new_tokens(prompted, self.base_model, input_ids.shape[1])
-        return self.base_model.generate(input_ids=input_ids, **prompted)
+        prompted["input_ids"] = input_ids
+        base_model = taking_embeds(self.base_model, self.word_embeddings, prompted)
+        return penalizing_text(base_model, input_ids, prompted).generate(**prompted)
 
 
 def _needs_only_the_text(inputs: Inputs) -> bool:

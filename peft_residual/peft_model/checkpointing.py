@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicLayer
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from ..compat import DynamicLayer, GradientCheckpointingLayer
 
 
 def checkpointed_layers(base_model: nn.Module) -> list[nn.Module] | None:

@@ -5,7 +5,6 @@ Pure functions of tensors: `B` rows, `P` the length of the longest prompt, `L` i
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -25,12 +24,6 @@ def text_of(inputs: Inputs) -> Tensor:
     if given is None:
         raise ValueError("Neither `input_ids` nor `inputs_embeds` was given. Pass one of them.")
     return given
-
-
-def accepts_position_ids(base_model: Any) -> bool:
-    """Whether the base model's `forward` takes `position_ids`."""
-    base_model = getattr(base_model, "_orig_mod", base_model)  # a compiled model's signature is (*args, **kwargs)
-    return "position_ids" in inspect.signature(type(base_model).forward).parameters
 
 
 def extend(tensor: Tensor, length: int, value: int | bool, name: str) -> Tensor:
@@ -82,8 +75,13 @@ def reorder(tensor: Tensor, order: Tensor) -> Tensor:
     return tensor.gather(1, order)
 
 
-def refuse_packing(position_ids: Tensor, mask: Tensor | None) -> None:
-    """Raise a `ValueError` if positions `[B, L]` restart within a row."""
+def check_position_ids(position_ids: Tensor, mask: Tensor | None) -> None:
+    """Raise a `ValueError` for positions that are not `[B, L]`, or that restart within a row."""
+    if position_ids.ndim != 2:
+        raise ValueError(
+            f"`position_ids` must have two dimensions (rows, tokens), got shape {list(position_ids.shape)}. Leave "
+            "them out: they are computed from the mask."
+        )
     if torch.compiler.is_compiling():
         return
     restarts = position_ids.diff(dim=-1) <= 0

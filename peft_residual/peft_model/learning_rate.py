@@ -22,11 +22,25 @@ _seen: WeakSet[ResidualPromptEncoder] = WeakSet()
 _hooks: list[Any] = []
 
 
-def published_learning_rate(config: ResidualPromptTuningConfig) -> str:
-    """The learning rate of the prompt in the paper of the config's network, for messages."""
+def recommended_learning_rates(config: ResidualPromptTuningConfig) -> tuple[float, float]:
+    """Learning rates of prompt and network to start with.
+
+    SuperPos-Prompt (PMLR 262) uses 0.01, Razdaibiedina et al. (2023) use 0.3. In units of the model's embeddings, see
+    `docs/hyperparameters.md`.
+    """
     if config.mixes_vocabulary:
-        return "SuperPos-Prompt (PMLR 262) uses 0.01."
-    return "Razdaibiedina et al. (2023) use 0.3."
+        return 0.01, 0.01
+    return (0.3, 0.3) if config.encoder_scale == 1 else (0.15, 0.004)
+
+
+def published_learning_rate(config: ResidualPromptTuningConfig) -> str:
+    """Where the recommended learning rate of the prompt is from, for messages."""
+    rate, _ = recommended_learning_rates(config)
+    if config.mixes_vocabulary:
+        return f"SuperPos-Prompt (PMLR 262) uses {rate:g}."
+    if config.encoder_scale != 1:
+        return f"In units of the embeddings (`encoder_scale`), {rate:g} is a good start."
+    return f"Razdaibiedina et al. (2023) use {rate:g}."
 
 
 def watch_learning_rate(encoder: ResidualPromptEncoder) -> None:

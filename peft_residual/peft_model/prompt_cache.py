@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..compat import cache_name, takes_logits_to_keep
+
 
 class PromptCache:
     """Keys and values of one prompt.
@@ -28,16 +30,19 @@ class PromptCache:
             batch_size (`int`): Rows, `B`.
 
         Returns:
-            `transformers.DynamicCache`: Of length `P`; None if the model uses another type of cache.
+            `transformers.DynamicCache`: Of length `P`; None if the model keeps anything but keys and values, such as
+            the states of recurrent layers.
         """
         from transformers import DynamicCache
 
         key = tuple((id(t), t.data_ptr(), t._version) for t in (*base_model.parameters(), *base_model.buffers()))
         if self._made_from is None or self._made_from[1] != key or not torch.equal(self._made_from[0], prompt):
             dtype = base_model.get_input_embeddings().weight.dtype
-            outputs = base_model(inputs_embeds=prompt.to(dtype).unsqueeze(0), use_cache=True, logits_to_keep=1)
-            self._cache, self._made_from = outputs.past_key_values, (prompt.clone(), key)
-        if type(self._cache) is not DynamicCache:
+            few = {"logits_to_keep": 1} if takes_logits_to_keep(base_model) else {}
+            outputs = base_model(inputs_embeds=prompt.to(dtype).unsqueeze(0), use_cache=True, **few)
+            self._cache, self._made_from = outputs.get(cache_name()), (prompt.clone(), key)
+        kinds = {type(layer).__name__ for layer in getattr(self._cache, "layers", ())}
+        if type(self._cache) is not DynamicCache or kinds - {"DynamicLayer", "DynamicSlidingWindowLayer"}:
             return None
         cache = copy.deepcopy(self._cache)
         cache.batch_repeat_interleave(batch_size)

@@ -12,18 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compat import cache_name, keys_and_values, takes_cache_objects
 from ..storage.sharded import is_sharded
+from .base_model import accepts, reads_ahead
 from .checkpointing import RepeatableLayer, checkpointed_layers, with_cache
 from .dropout import active_dropout
 from .inputs import (
     Inputs,
-    accepts_position_ids,
+    check_position_ids,
     extend,
     extend_mask,
     extend_positions,
     padding_first,
     positions_of,
-    refuse_packing,
     reorder,
     text_of,
 )
@@ -41,6 +42,7 @@ _OTHERS = (
     "output_hidden_states",
     "output_attentions",
     "past_key_values",
+    "cache",
     "cache_position",
     "token_type_ids",
     "shift_labels",
@@ -59,10 +61,10 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
 
     False with different prompts in a batch; with dropout in the base model, which would be the same for all rows; with
     gradient checkpointing, where transformers keeps no cache; for models whose cache is not only keys and values of
-    all positions (state spaces, sliding windows); with left padding, if the model takes no `position_ids`; and for
-    sharded and compiled models.
+    all positions (state spaces, sliding windows) or whose prompt reads the text (PaliGemma); with left padding, if the
+    model takes no `position_ids`; and for sharded and compiled models.
     """
-    if not prompt.is_shared or prompt.embeds.shape[1] < 2:
+    if not prompt.is_shared or prompt.embeds.shape[1] < 2 or not takes_cache_objects(base_model):
         return False
     if torch.compiler.is_compiling() or hasattr(base_model, "_orig_mod"):
         return False
@@ -80,10 +82,11 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
         if kinds
         else any(getattr(config, name, None) for name in ("sliding_window", "window_size", "attention_window"))
     )
-    if has_windows or getattr(base_model, "_is_stateful", False) or getattr(config, "output_router_logits", False):
+    is_stateful = getattr(base_model, "_is_stateful", False)
+    if has_windows or is_stateful or reads_ahead(base_model) or getattr(config, "output_router_logits", False):
         return False
     mask = inputs.get("attention_mask")
-    if mask is not None and not accepts_position_ids(base_model) and not mask[:, 0].all():
+    if mask is not None and not accepts(base_model, "position_ids") and not mask[:, 0].all():
         return False  # distances may be counted in columns, and padding would be between prompt and text
     if base_model.training:
         if checkpointed_layers(base_model) is None:
@@ -129,11 +132,11 @@ def shared_forward(
         if inputs.get(name) is not None:
             inputs[name] = reorder(inputs[name], order)
     inputs["attention_mask"][:, length - 1 :] = reorder(inputs["attention_mask"][:, length - 1 :], order)
-    if accepts_position_ids(base_model):
+    if accepts(base_model, "position_ids"):
         if position_ids is None:
             inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, length - 1 :]
         else:
-            refuse_packing(position_ids, mask)
+            check_position_ids(position_ids, mask)
             positions = extend_positions(position_ids.expand(rows, -1), prompt)[:, length - 1 :]
             inputs["position_ids"] = reorder(positions, order)
     # Positions, not a number: slices of hidden states make torch copy the output layer's weights for every row.
@@ -148,11 +151,11 @@ def shared_forward(
     cache: Any = Cache(layer_class_to_replicate=RepeatableLayer) if layers else DynamicCache()
     with with_cache(base_model, layers):
         options = {"use_cache": not layers, "return_dict": True}
-        first = base_model(inputs_embeds=prompt.embeds[:1, :-1].to(embeds), past_key_values=cache, **few, **options)
-        cache = _expanded(cache if layers else first.past_key_values, rows, length - 1)
+        first = base_model(inputs_embeds=prompt.embeds[:1, :-1].to(embeds), **{cache_name(): cache}, **few, **options)
+        cache = _expanded(cache if layers else first[cache_name()], rows, length - 1)
         if cache is None:
             return None
-        outputs = base_model(**{**inputs, "past_key_values": cache, **options})
+        outputs = base_model(**{**inputs, cache_name(): cache, **options})
     # The model has computed its loss. What follows gives the logits the shape and order of the usual way.
     if outputs.get("logits") is None:
         for name, value in outputs.items():
@@ -165,7 +168,7 @@ def shared_forward(
             logits = reorder(logits, padding_first(is_padding, length - 1))
         outputs.logits = logits
     if layers or inputs.get("use_cache") is False:
-        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != "past_key_values"})
+        outputs = type(outputs)(**{name: value for name, value in outputs.items() if name != cache_name()})
     return outputs if wants_dict else outputs.to_tuple()
 
 
@@ -175,7 +178,7 @@ def _expanded(cache: Any, rows: int, length: int) -> Any | None:
 
     if type(cache) not in (Cache, DynamicCache):
         return None
-    states: list[Any] = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    states = keys_and_values(cache)
     if not states or not all(
         isinstance(state, Tensor) and state.ndim == 4 and state.shape[2] == length for state in states
     ):

@@ -9,9 +9,11 @@ import warnings
 from typing import Any
 
 import peft
+import torch
 from torch import Tensor
 
 from .base import ResidualPeftModel
+from .base_model import accepts
 from .inputs import Inputs
 from .mixed_batch import BatchPrompt
 
@@ -48,24 +50,27 @@ class PeftModelForSeq2SeqLM(ResidualPeftModel, peft.PeftModelForSeq2SeqLM):
 class PeftModelForSequenceClassification(ResidualPeftModel, peft.PeftModelForSequenceClassification):
     """Sequence classification, with a trained head (`modules_to_save`)."""
 
-    keeps_token_type_ids = True
-
     def prepend_prompt(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
         """As for all tasks. A decoder-only model finds padding in `input_ids`: with embeddings it needs a mask."""
         ids, pad = inputs.get("input_ids"), getattr(self.base_model.config, "pad_token_id", None)
         if inputs.get("attention_mask") is None and ids is not None and pad is not None and self.is_decoder_only():
             inputs = {**inputs, "attention_mask": (ids != pad).long()}
-        return super().prepend_prompt(prompt, inputs)
+        prompted = super().prepend_prompt(prompt, inputs)
+        if prompted.get("global_attention_mask") is None and accepts(self.base_model, "global_attention_mask"):
+            # Without one, such a model lets all tokens see the first one, and makes the mask from `input_ids`.
+            first = torch.zeros_like(prompted["inputs_embeds"][:, :, 0], dtype=torch.long)
+            first[:, 0] = 1
+            prompted["global_attention_mask"] = first
+        return prompted
 
     def padding_to_move(self, mask: Tensor) -> Tensor:
-        """All padding: a decoder-only model classifies at the last position, and cannot see padding in embeddings."""
-        return mask == 0
+        """All padding, if decoder-only: such a model classifies at the last position, and sees none in embeddings."""
+        return mask == 0 if self.is_decoder_only() else super().padding_to_move(mask)
 
 
 class PeftModelForTokenClassification(ResidualPeftModel, peft.PeftModelForTokenClassification):
     """Token classification: one row of logits per input token, `[B, L, labels]`, none for the prompt."""
 
-    keeps_token_type_ids = True
     has_token_labels = True
 
     def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
@@ -76,15 +81,13 @@ class PeftModelForTokenClassification(ResidualPeftModel, peft.PeftModelForTokenC
 class PeftModelForQuestionAnswering(ResidualPeftModel, peft.PeftModelForQuestionAnswering):
     """Extractive question answering: positions and logits refer to input tokens, `[B, L]`, not to the prompt's."""
 
-    keeps_token_type_ids = True
-
     def prompted_forward(self, prompt: BatchPrompt, inputs: Inputs) -> Any:
         """Run the base model with answer positions shifted by the prompt."""
         inputs = dict(inputs)
         for name in ("start_positions", "end_positions"):
             if inputs.get(name) is not None:
                 # Transformers takes a position below 0 as the first one, and ignores one above the length.
-                inputs[name] = inputs[name].clamp(min=0) + self.text_start(prompt)
+                inputs[name] = inputs[name].clamp(min=0) + self.text_start(prompt, inputs)
         return self.without_prompt(super().prompted_forward, prompt, inputs, ("start_logits", "end_logits"))
 
 

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ..compat import connection_error
 from .checkpoint import PROJECTED_KEY
 
 
@@ -49,10 +50,10 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
             "or download the adapter again."
         )
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is imported there
+    from huggingface_hub.errors import (
         EntryNotFoundError,
         HFValidationError,
-        HTTPError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
     )
 
@@ -61,10 +62,12 @@ def locate(source: str | os.PathLike[str], filename: str, **hub_kwargs: Any) -> 
     except HFValidationError:
         raise ValueError(f"`{source}` is neither a folder nor the id of a Hub repository. Check the path.") from None
     except (EntryNotFoundError, RepositoryNotFoundError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and isinstance(error.__cause__, connection_error()):
+            raise OSError(f"The Hub did not give {filename} of `{source}`. {error}") from error
         raise ValueError(
             f"`{source}` is not a local folder, and the Hub gave no {filename} for it: {error}"
         ) from error
-    except HTTPError as error:  # an HTTP error status, or a broken connection that is not an `OSError`
+    except connection_error() as error:  # an HTTP error status, or a broken connection that is not an `OSError`
         raise OSError(f"The Hub did not give {filename} of `{source}`. {error}") from error
     _check_download(path)
     return path

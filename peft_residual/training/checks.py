@@ -21,6 +21,7 @@ from ..word_embeddings import vocabulary_sample
 
 
 LARGEST_LEARNING_RATE = 10.0  # the largest in the paper
+LARGEST_SCALED_RATE = 1.5  # in units of the embeddings: a token moves by more than its length at each step
 LARGEST_MIXING_RATE = 0.1  # where the prompt embedding holds mixing weights of about 1
 LARGEST_HEAD_LEARNING_RATE = 0.01
 LARGEST_NORM_RATIO = 10.0  # between rows of the projected prompt and of the vocabulary, either way
@@ -199,7 +200,9 @@ def _check_learning_rates(
 
 
 def _check_prompt_rate(config: ResidualPromptTuningConfig, rate: float) -> Iterator[Finding]:
-    largest = LARGEST_MIXING_RATE if config.mixes_vocabulary else LARGEST_LEARNING_RATE
+    largest = LARGEST_LEARNING_RATE if config.encoder_scale == 1 else LARGEST_SCALED_RATE
+    if config.mixes_vocabulary:
+        largest = LARGEST_MIXING_RATE
     message, remedy = f"The prompt's learning rate of {rate:g}", published_learning_rate(config)
     if not rate > 0:
         yield Finding("error", "learning_rate", f"{message} trains nothing.", remedy)

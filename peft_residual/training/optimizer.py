@@ -9,14 +9,15 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from ..encoder import ResidualPromptEncoder
+from ..encoder import _LIVE, ResidualPromptEncoder
+from ..peft_model.learning_rate import recommended_learning_rates
 
 
 def create_residual_optimizer(
     model: PeftModel,
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
     *,
-    learning_rate: float = 0.3,
+    learning_rate: float | None = None,
     encoder_learning_rate: float | None = None,
     modules_to_save_learning_rate: float = 1e-3,
     weight_decay: float = 1e-5,
@@ -25,16 +26,17 @@ def create_residual_optimizer(
 ) -> torch.optim.Optimizer:
     """Create an optimizer with a parameter group for each part of a residual adapter.
 
-    The defaults are those of Razdaibiedina et al. (2023): AdamW, learning rate 0.3, weight decay 1e-5. The optimizer
-    contains every parameter that requires a gradient, once, and no other. Biases and norms have no weight decay.
+    AdamW and a weight decay of 1e-5 are those of Razdaibiedina et al. (2023). The optimizer contains every parameter
+    that requires a gradient, once, and no other. Biases and norms have no weight decay.
 
     Args:
         model ([`~peft.PeftModel`]): A model with a trainable residual adapter.
         optimizer_cls (`type`): An optimizer class such as `torch.optim.AdamW` or transformers' `Adafactor` (with
             `relative_step=False, scale_parameter=False`).
-        learning_rate (`float`): For the prompt embedding. For `"SUPERPOS"`, which trains mixing weights, use 0.01.
-        encoder_learning_rate (`float`, *optional*): For the network. Defaults to `learning_rate`; a far smaller one
-            works better, see the measurements in `docs/hyperparameters.md`.
+        learning_rate (`float`, *optional*): For the prompt embedding. Defaults to what suits the adapter: 0.3 as in
+            the paper, 0.01 for `"SUPERPOS"`, 0.15 in units of the model's embeddings (`encoder_scale`).
+        encoder_learning_rate (`float`, *optional*): For the network. Defaults to `learning_rate`, in units of the
+            embeddings to 0.004 / 0.15 of it. See the measurements in `docs/hyperparameters.md`.
         modules_to_save_learning_rate (`float`): For trained heads; the prompt's learning rate is too high for them.
         weight_decay (`float`): For the prompt embedding and trained heads.
         encoder_weight_decay (`float`, *optional*): For the network. Defaults to `weight_decay`.
@@ -49,9 +51,14 @@ def create_residual_optimizer(
         ValueError: If a learning rate is not positive, a weight decay is negative, or no residual adapter is
             trainable.
     """
+    recommended, of_network = _recommended(model)
+    if learning_rate is None:
+        learning_rate = recommended
     rates = {
         "prompt": learning_rate,
-        "encoder": learning_rate if encoder_learning_rate is None else encoder_learning_rate,
+        "encoder": learning_rate * of_network / recommended
+        if encoder_learning_rate is None
+        else encoder_learning_rate,
         "modules_to_save": modules_to_save_learning_rate,
     }
     encoder_decay = weight_decay if encoder_weight_decay is None else encoder_weight_decay
@@ -91,9 +98,33 @@ class ResidualOptimizerFactory:
     `weight_decay` are not used.
     """
 
+    def __new__(cls, groups: Any = None, **kwargs: Any) -> Any:
+        """With groups of parameters, the optimizer: the Trainer of transformers 4 calls the class, without a model.
+
+        Can go when 5.0 is the oldest transformers.
+        """
+        if groups is None:
+            return super().__new__(cls)
+        return create_residual_optimizer(_module_of(groups), **kwargs)  # type: ignore[arg-type]
+
     def __call__(self, model: PeftModel, **kwargs: Any) -> torch.optim.Optimizer:
         """Create the optimizer of `model`."""
         return create_residual_optimizer(model, **kwargs)
+
+
+def _recommended(model: nn.Module) -> tuple[float, float]:
+    """The recommended rates of the adapter that is trained."""
+    encoders = [module for module in model.modules() if isinstance(module, ResidualPromptEncoder)]
+    trained = next((encoder for encoder in encoders if encoder.is_trainable), None)
+    return (1.0, 1.0) if trained is None else recommended_learning_rates(trained.config)
+
+
+def _module_of(groups: list[dict[str, Any]]) -> nn.Module:
+    """A module with these parameters: the encoders that own them, and the others."""
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    encoders = [encoder for encoder in list(_LIVE) if any(encoder.embedding.weight is p for p in parameters)]
+    owned = {id(parameter) for encoder in encoders for parameter in encoder.parameters()}
+    return nn.ModuleList([*encoders, nn.ParameterList(p for p in parameters if id(p) not in owned)])
 
 
 def _trainable_parameters(model: nn.Module) -> Iterator[tuple[str, str, nn.Parameter]]:
