@@ -181,4 +181,4 @@ def test_the_word_embeddings_are_registered_once():
     model.add_adapter("other", make_config())
     assert not any(name.startswith("word_embeddings") for name in model.state_dict())
     for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert twin.word_embeddings is twin.base_model.encoder.embed_tokens
+        assert twin.word_embeddings.weight is twin.base_model.encoder.embed_tokens.weight

@@ -73,9 +73,10 @@ def check_reads_embeddings(base_model: Any) -> None:
     """Check that the base model computes the same from the embeddings of words as from their ids.
 
     A soft prompt has no ids. A model that reads them for more than the embedding (a second table of embeddings per
-    layer, experts by token, a scale that depends on the tokens) would be silently wrong. The check runs the model
-    twice on five tokens, once for each model. It is skipped if the model cannot run on text alone, if its weights are
-    sharded, quantized or on the meta device, and if the environment variable `PEFT_RESIDUAL_CHECK_BASE_MODEL` is 0.
+    layer, experts by token, a scale that depends on the tokens) would be silently wrong. The check costs two passes
+    over five tokens, the first time that a model gets an adapter. It is skipped if the model cannot run on text alone,
+    if its weights are sharded, quantized or on the meta device, and if the environment variable
+    `PEFT_RESIDUAL_CHECK_BASE_MODEL` is 0.
 
     Raises:
         ValueError: If the outputs differ: names the model, and how much they differ. If the model has no table of word

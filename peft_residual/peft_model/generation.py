@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..compat import assists_from_embeddings, default_setting
 from .adapters import ResidualAdapters
+from .base_model import accepts
 from .inputs import Inputs
 
 
@@ -74,7 +75,8 @@ def check_direction(base_model: Any, inputs: Inputs) -> None:
     kind = base_model.config.model_type
     if kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(base_model.config, "is_decoder", False):
         return
-    given = [name for name in (*_PROPOSING, "cache_implementation") if setting(name, inputs, base_model)]
+    names = [*_PROPOSING, "cache_implementation"] if accepts(base_model, "past_key_values") else _PROPOSING
+    given = [name for name in names if setting(name, inputs, base_model)]
     if given:
         raise ValueError(
             f"`{given[0]}` cannot be used with {kind!r}, which reads in both directions: each new token would change "
