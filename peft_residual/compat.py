@@ -14,7 +14,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 if TYPE_CHECKING:
@@ -231,14 +231,6 @@ def has_sliding_layers(cache: Any, base_model: Any) -> bool:
     if hasattr(cache, "is_sliding"):
         return any(cache.is_sliding)
     return bool(getattr(base_model.config.get_text_config(), "sliding_window", None))
-
-
-def takes_logits_to_keep(base_model: nn.Module) -> bool:
-    """Whether a causal model can leave out logits; others ignore `logits_to_keep`.
-
-    Can go when all decoders of the oldest transformers take it (in 4.57, OPT does not).
-    """
-    return "logits_to_keep" in inspect.signature(base_model.forward).parameters
 
 
 # --- transformers: loading ------------------------------------------------------------------------------------------

@@ -188,5 +188,12 @@ def test_images_are_refused_where_their_positions_come_from_ids():
         ValueError, match=r"Qwen2_5_VLForConditionalGeneration computes .* pixel_values, image_grid_thw"
     ):
         model(input_ids=ids, pixel_values=torch.zeros(4, 1176), image_grid_thw=torch.tensor([[1, 2, 2]]))
+    model.share_prompt(True)  # other ways than the usual one do not get around it
+    model.enable_prompt_cache()
+    images = {"pixel_values": torch.zeros(4, 1176), "image_grid_thw": torch.tensor([[1, 2, 2]])}
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="computes the positions of images"):
+            run(input_ids=ids, **images)
+    model.share_prompt(False)
     with pytest.raises(ValueError, match="`position_ids` must have two dimensions"):
         model(input_ids=ids, position_ids=torch.zeros(3, 1, 5, dtype=torch.long))

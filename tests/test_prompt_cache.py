@@ -11,7 +11,8 @@ from scenarios import SCENARIOS, Scenario, make_batch, train
 from transformers import BertLMHeadModel
 
 from peft_residual import convert_to_prompt_tuning
-from peft_residual.compat import assists_from_embeddings, takes_logits_to_keep
+from peft_residual.compat import assists_from_embeddings
+from peft_residual.peft_model.base_model import accepts
 
 
 def tiny_sliding():
@@ -60,7 +61,7 @@ def test_logits_of_the_text_are_the_same_and_the_prompt_is_computed_once(name, p
     model, batch = make_model(name), make_batch(padding_side=padding_side)
     if name == "mistral":  # with padding it runs as without a cache
         batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
-    if not takes_logits_to_keep(model.base_model):
+    if not accepts(model.base_model, "logits_to_keep"):
         pytest.skip(f"{name} of this transformers computes all logits")
     counter = Counter(model)
 

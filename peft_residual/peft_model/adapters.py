@@ -82,6 +82,7 @@ class ResidualAdapters(PeftModel):
         config = self._residual_config(adapter_name)
         if config is None:
             super()._setup_prompt_encoder(adapter_name)
+            self._find_word_embeddings()
         else:
             # PEFT freezes the base model, finds its word embeddings and makes a plain prompt, which is replaced.
             self.peft_config[adapter_name] = config.to_prompt_tuning_config(inference_mode=True)
@@ -94,7 +95,6 @@ class ResidualAdapters(PeftModel):
             self._find_word_embeddings()
             encoder = ResidualPromptEncoder(config, self.word_embeddings, special_ids(self.base_model))
             self.prompt_encoder[adapter_name] = encoder.to(self.device)
-        self._find_word_embeddings()
 
     def _find_word_embeddings(self) -> None:
         # PEFT takes a weight with `vocab_size` rows, which may be another one, or not be there.

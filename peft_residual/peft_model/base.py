@@ -57,6 +57,7 @@ class ResidualPeftModel(ResidualAdapters):
         inputs = with_cache_name(inputs)
         if self._adapters_disabled:
             return self.base_model(**inputs)
+        refuse_images_by_position(self.base_model, inputs)
         with heads_per_row(self, adapter_names):
             return self.prompted_forward(self.batch_prompt(text_of(inputs).shape[0], adapter_names), inputs)
 
@@ -80,6 +81,7 @@ class ResidualPeftModel(ResidualAdapters):
             kwargs.setdefault("generation_config", self.generation_config)
         if self._adapters_disabled:
             return self.base_model.generate(**kwargs)
+        refuse_images_by_position(self.base_model, kwargs)
         inputs = kwargs.pop("inputs", None)
         input_ids = kwargs.pop("input_ids", inputs)
         if input_ids is None:
@@ -157,7 +159,6 @@ class ResidualPeftModel(ResidualAdapters):
         inputs["inputs_embeds"] = torch.cat([prompt.embeds.to(embeds), embeds], dim=1)
         if mask is not None:
             inputs["attention_mask"] = extend_mask(mask, prompt)
-        refuse_images_by_position(self.base_model, inputs)
         if inputs.get("token_type_ids") is not None and not accepts(self.base_model, "token_type_ids"):
             warnings.warn(f"{self.base_model_type} does not use `token_type_ids`; they are dropped.", stacklevel=2)
             del inputs["token_type_ids"]
@@ -173,12 +174,12 @@ class ResidualPeftModel(ResidualAdapters):
         if position_ids is not None:
             warnings.warn("`position_ids` are not used with a prompt in front; they are dropped.", stacklevel=2)
         # The prompt must start at the first position, and the text follow it: filler and padding go to the end.
-        moved = torch.zeros(embeds.shape[:2], dtype=torch.bool) if mask is None else self.padding_to_move(mask)
-        if prompt.filler is not None or torch.compiler.is_compiling() or moved.any():
-            filler = moved.new_zeros(moved.shape[0], length) if prompt.filler is None else prompt.filler
-            self._reorder(
-                inputs, torch.cat([filler, moved.to(filler.device)], dim=1).long().argsort(dim=1, stable=True)
-            )
+        if mask is not None:
+            moved = extend(self.padding_to_move(mask), length, False, "attention_mask")
+            if prompt.filler is not None:
+                moved[:, :length] = prompt.filler
+            if torch.compiler.is_compiling() or moved.any():
+                self._reorder(inputs, moved.long().argsort(dim=1, stable=True))
         return inputs
 
     def _move_padding(

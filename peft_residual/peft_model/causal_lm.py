@@ -9,7 +9,7 @@ import peft
 import torch
 from torch import Tensor
 
-from ..compat import cache_name, generates_from_a_filled_cache, has_sliding_layers, takes_logits_to_keep
+from ..compat import cache_name, generates_from_a_filled_cache, has_sliding_layers
 from .base import ResidualPeftModel
 from .base_model import accepts, reads_ahead
 from .generation import (
@@ -160,7 +160,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         cache = inputs.get(cache_name())
         if cache is not None and cache.get_seq_length() > 0:
             return self.base_model(**self._after_cache(prompt, inputs))
-        only_text = _needs_only_the_text(inputs) and takes_logits_to_keep(self.base_model)
+        only_text = _needs_only_the_text(inputs) and accepts(self.base_model, "logits_to_keep")
         cached = self.continue_from_prompt(prompt, inputs) if only_text else None
         if cached is None:
             outputs = None
@@ -190,7 +190,8 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         """Generate from prompt and text. The returned ids and the requested lengths refer to the text only."""
         input_ids = inputs["input_ids"]
         refuse_assistance(inputs, self.base_model)
-        check_direction(self.base_model, inputs)
+        if not self.is_decoder_only():
+            check_direction(inputs, self.base_model)
         if inputs.pop("position_ids", None) is not None:
             warnings.warn("`position_ids` are computed from the mask; those passed are dropped.", stacklevel=2)
         if setting("prefill_chunk_size", inputs, self.base_model) is not None:

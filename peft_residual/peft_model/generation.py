@@ -18,9 +18,6 @@ from .inputs import Inputs
 # The settings with which `generate` proposes candidates, also before the first step.
 _PROPOSING = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
-# Names under which models take a cache
-_CACHES = ("cache", "past_key_values", "cache_params", "state", "mems", "past_buckets_states")
-
 # The settings with which `generate` can continue from a given cache with one row for each row of the input.
 _CONTINUING = {
     "num_beams": 1,
@@ -68,19 +65,16 @@ def check_assistant(assistant: Any, base_model: Any) -> None:
         )
 
 
-def check_direction(base_model: Any, inputs: Inputs) -> None:
-    """Raise a `ValueError` for settings that need a model that reads in one direction, if this one does not."""
-    from transformers.models.auto import modeling_auto
-
-    kind = base_model.config.model_type
-    if kind not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or getattr(base_model.config, "is_decoder", False):
+def check_direction(inputs: Inputs, base_model: Any) -> None:
+    """Raise a `ValueError` for settings that a model with the architecture of a bidirectional one may not have."""
+    if getattr(base_model.config, "is_decoder", False):
         return
     names = [*_PROPOSING, "cache_implementation"] if accepts(base_model, "past_key_values") else _PROPOSING
     given = [name for name in names if setting(name, inputs, base_model)]
     if given:
         raise ValueError(
-            f"`{given[0]}` cannot be used with {kind!r}, which reads in both directions: each new token would change "
-            "those before it. Leave it out, or load the model with `is_decoder=True`."
+            f"`{given[0]}` cannot be used with {base_model.config.model_type!r}, which reads in both directions: each "
+            "new token would change those before it. Leave it out, or load the model with `is_decoder=True`."
         )
 
 
@@ -158,6 +152,8 @@ def taking_embeds(base_model: Any, word_embeddings: nn.Module, inputs: Inputs) -
         inputs (`dict`): The arguments of `generate`: `input_ids` `[B, L]`, and `inputs_embeds` `[B, E, H]` and
             `attention_mask` `[B, E]` of prompt and text.
     """
+    from transformers.generation.utils import ALL_CACHE_NAMES
+
     if not assists_from_embeddings():
         return base_model
     base_model = getattr(base_model, "_orig_mod", base_model)  # a compiled model generates with this one
@@ -175,7 +171,7 @@ def taking_embeds(base_model: Any, word_embeddings: nn.Module, inputs: Inputs) -
         if kwargs.get("attention_mask") is not None and len(mask) == len(input_ids):
             kwargs["attention_mask"] = nn.functional.pad(mask, (0, missing), value=1)  # assisted decoding cuts it off
         kwargs["is_first_iteration"] = is_first_iteration
-        if not is_first_iteration and (proposes or any(_is_filled(kwargs.get(name)) for name in _CACHES)):
+        if not is_first_iteration and (proposes or any(_is_filled(kwargs.get(name)) for name in ALL_CACHE_NAMES)):
             return prepare(input_ids, **kwargs)
         # Prepared as ids, of which those that have embeddings do not matter, and to which the model may append others.
         start = 0

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compat import cache_name, takes_logits_to_keep
+from ..compat import cache_name
+from .base_model import accepts
 
 
 class PromptCache:
@@ -38,7 +39,7 @@ class PromptCache:
         key = tuple((id(t), t.data_ptr(), t._version) for t in (*base_model.parameters(), *base_model.buffers()))
         if self._made_from is None or self._made_from[1] != key or not torch.equal(self._made_from[0], prompt):
             dtype = base_model.get_input_embeddings().weight.dtype
-            few = {"logits_to_keep": 1} if takes_logits_to_keep(base_model) else {}
+            few = {"logits_to_keep": 1} if accepts(base_model, "logits_to_keep") else {}
             outputs = base_model(inputs_embeds=prompt.to(dtype).unsqueeze(0), use_cache=True, **few)
             self._cache, self._made_from = outputs.get(cache_name()), (prompt.clone(), key)
         kinds = {type(layer).__name__ for layer in getattr(self._cache, "layers", ())}
