@@ -30,7 +30,7 @@ else:
         DynamicLayer = GradientCheckpointingLayer = type("Missing", (), {})
 
 REQUIREMENT = "peft>=0.21.2,<0.22"
-# The versions that all tests pass with, oldest and newest; newer ones are used with a warning.
+# Oldest and newest versions that the core tests ran with (`make matrix`); newer ones are used with a warning.
 TESTED = {"peft": ("0.21.2", "0.21"), "transformers": ("4.51.3", "5.24")}
 
 # The methods that are wrapped, overridden or called, and the first parameters that each must take.
