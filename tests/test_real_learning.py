@@ -36,7 +36,7 @@ def folder(tmp_path_factory, tokenizer):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_packed_rows_have_the_logits_of_each_row_alone(method, folder):
+def test_packed_rows_have_the_logits_of_each_row_alone(method, folder, monkeypatch):
     torch.manual_seed(0)
     model = get_peft_model(
         tiny_llama(vocab_size=256), METHODS[method].config(Place(0, folder, "is it", "is it red fast"))
@@ -52,6 +52,12 @@ def test_packed_rows_have_the_logits_of_each_row_alone(method, folder):
         full = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0]
         alone.append(full[-len(row.label) :])
     torch.testing.assert_close(logits, torch.cat(alone), rtol=1e-4, atol=1e-4)
+    every_logit = []
+    monkeypatch.setattr(
+        real_data, "packed_logits", lambda *args: every_logit.append(packed_logits(*args)) or every_logit[-1]
+    )
+    real_data.accuracy(model, TASK, ROWS, size=2)  # two passes over one computed prompt
+    torch.testing.assert_close(torch.cat([one[0] for one in every_logit]), logits.detach(), rtol=1e-4, atol=1e-4)
 
 
 def test_only_labels_of_the_task_are_compared_token_by_token(monkeypatch):
@@ -60,7 +66,7 @@ def test_only_labels_of_the_task_are_compared_token_by_token(monkeypatch):
     logits[0, 10] = logits[1, 11] = 1.0  # correct
     logits[2, 10] = 1.0  # 13 would be correct
     logits[3, 10] = logits[4, 11] = 1.0  # correct, then wrong
-    monkeypatch.setattr(real_data, "packed_logits", lambda model, rows: (logits, None))
+    monkeypatch.setattr(real_data, "packed_logits", lambda model, rows, cache: (logits, None))
     assert real_data.count_correct(None, TASK, ROWS) == 1
     logits[4, 14] = 2.0
     logits[2, 13] = 2.0

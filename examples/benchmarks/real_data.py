@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, DatasetDict, load_dataset
 from torch import Tensor
+from transformers import Cache
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,21 @@ def load_task(source: str, tokenizer: Any, longest: int = 64) -> Task:
     return Task(Path(source).name, tuple(labels.values()), splits, instruction)
 
 
-def packed_logits(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+def packed_logits(model: Any, rows: Sequence[Row], cache: Cache | None = None) -> tuple[Tensor, Tensor]:
     """Compute the logits of every label token with a [`~peft.PeftModel`] of any method.
+
+    Args:
+        model (`PeftModel`): The model.
+        rows (`Sequence[Row]`): The rows.
+        cache (`Cache`, *optional*): The prompt's keys and values, which get longer by those of the rows. Computed if
+            not given.
 
     Returns:
         `tuple`: Logits `[N, V]` in float32 and the `N` token ids that they should predict, row by row.
     """
     base = model.get_base_model()
-    prompt, cache = None, None
-    if model.active_peft_config.is_prompt_learning:
+    prompt = None
+    if cache is None and model.active_peft_config.is_prompt_learning:
         found = model.get_prompt(1)
         prompt, cache = (found[0], None) if isinstance(found, Tensor) else (None, found)
     seen = 0 if cache is None else cache.get_seq_length()
@@ -142,18 +149,34 @@ def packed_logits(model: Any, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
     return outputs.logits[0].float(), torch.tensor([token for row in rows for token in row.label])
 
 
+def prompt_cache(model: Any) -> Cache | None:
+    """The keys and values of a [`~peft.PeftModel`]'s prompt, if it has one."""
+    if not model.active_peft_config.is_prompt_learning:
+        return None
+    prompt = model.get_prompt(1)
+    if not isinstance(prompt, Tensor):
+        return prompt
+    base = model.get_base_model()
+    return base(inputs_embeds=prompt.to(base.dtype), use_cache=True, logits_to_keep=1).past_key_values
+
+
 @torch.no_grad()
-def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 32) -> float:
+def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 8) -> float:
     """The share of rows whose label greedy decoding gives when it may only write labels of the task."""
     model.eval()
-    correct = sum(count_correct(model, task, rows[start : start + size]) for start in range(0, len(rows), size))
+    cache, correct = prompt_cache(model), 0
+    front = 0 if cache is None else cache.get_seq_length()
+    for start in range(0, len(rows), size):
+        correct += count_correct(model, task, rows[start : start + size], cache)
+        if cache is not None:
+            cache.crop(front - cache.get_seq_length())
     model.train()
     return correct / len(rows)
 
 
-def count_correct(model: Any, task: Task, rows: Sequence[Row]) -> int:
+def count_correct(model: Any, task: Task, rows: Sequence[Row], cache: Cache | None = None) -> int:
     """Number of rows in which every label token has the largest logit of those that may follow."""
-    logits, _ = packed_logits(model, rows)
+    logits, _ = packed_logits(model, rows, cache)
     of_rows = zip(rows, logits.split([len(row.label) for row in rows]), strict=True)
     return sum(all(is_next(task, row, i, of_token) for i, of_token in enumerate(of_row)) for row, of_row in of_rows)
 
