@@ -104,8 +104,9 @@ class Oracle:
             self.model.prompt_encoder["default"].embedding.weight.copy_(words)
 
     def _labels(self, rows: Any) -> dict[str, Tensor]:
-        has_decoder = self.base.config.is_encoder_decoder and self.task_type == "SEQ_2_SEQ_LM"
-        return {"labels": torch.tensor([LABELS[row] for row in rows])} if has_decoder else {}
+        name = {"SEQ_2_SEQ_LM": "labels", "FEATURE_EXTRACTION": "decoder_input_ids"}.get(self.task_type)
+        has_decoder = self.base.config.is_encoder_decoder and name is not None
+        return {name: torch.tensor([LABELS[row] for row in rows])} if has_decoder else {}
 
     def _alone(self, row: int) -> Tensor:
         """The base model's output for one text after the words."""
@@ -186,6 +187,16 @@ class Oracle:
         gradient, weight.grad = weight.grad, None
         return not _differ(loss, want) and not _differ(gradient, embeds.grad[0, : len(WORDS)])
 
+    def shared_prompt(self) -> bool:
+        """Training and a padded batch with the prompt computed once for all rows."""
+        if not hasattr(self.model, "share_prompt"):
+            raise NotApplicable("PEFT has none")
+        self.model.share_prompt(True)
+        try:
+            return self.training() and self._padding("right")
+        finally:
+            self.model.share_prompt(None)
+
     def _loss(self, outputs: Any) -> Tensor:
         if outputs.get("loss") is not None:
             return outputs["loss"]
@@ -244,12 +255,20 @@ class Oracle:
         """A cache of a fixed size."""
         return self._generates(as_greedy=True, cache_implementation="static")
 
+    def _check_direction(self) -> None:
+        last = torch.tensor([WORDS + TEXTS[0][:-1] + TEXTS[1][-1:]])
+        columns = torch.arange(-len(TEXTS[0]), -1)
+        if _differ(_read(self.base(last, attention_mask=torch.ones_like(last)), 0, columns), self._alone(0)[:-1]):
+            raise NotApplicable("the base model reads in both directions: candidates change the tokens before them")
+
     def prompt_lookup(self) -> bool:
         """Candidates from the text itself."""
+        self._check_direction()
         return self._generates(as_greedy=True, prompt_lookup_num_tokens=2)
 
     def assisted(self) -> bool:
         """Candidates from another model, here the base model."""
+        self._check_direction()
         return self._generates(as_greedy=True, assistant_model=copy.deepcopy(self.base))
 
     def prompt_cache(self) -> bool:
@@ -269,7 +288,7 @@ class Oracle:
 _FORWARD = ("forward", "right_padding", "embeds", "training", "saved")
 _GENERATE = ("greedy", "greedy_padded", "sampled", "beams", "static_cache")
 CHECKS = {
-    "CAUSAL_LM": (*_FORWARD, "left_padding", *_GENERATE, "prompt_cache", "prompt_lookup", "assisted"),
+    "CAUSAL_LM": (*_FORWARD, "left_padding", *_GENERATE, "shared_prompt", "prompt_cache", "prompt_lookup", "assisted"),
     "SEQ_2_SEQ_LM": (*_FORWARD, "left_padding", *_GENERATE),
     "SEQ_CLS": (*_FORWARD, "left_padding"),
     "TOKEN_CLS": (*_FORWARD, "left_padding"),

@@ -19,34 +19,86 @@ pytestmark = skip_before((5, 23), "other models and other ways to generate: not 
 # One member of each family: rotary, absolute and relative positions, sliding windows, experts, state spaces, hybrids,
 # multi-query attention, classes that generate from ids alone, encoder-decoder and bidirectional models.
 FAMILIES = {
-    "CAUSAL_LM": (
+    "causal": (
         "llama gpt2 opt bloom mistral gemma2 gemma3_text qwen3_moe mixtral mamba mamba2 falcon_h1 jamba lfm2 bamba "
-        "nemotron_h gpt_bigcode ctrl openai-gpt xlnet mllama deepseek_v3 rwkv bert"
+        "nemotron_h gpt_bigcode ctrl openai-gpt xlnet gemma3 prophetnet deepseek_v3 rwkv bert"
     ).split(),
-    "SEQ_2_SEQ_LM": "t5 bart led pegasus prophetnet umt5 fsmt".split(),
-    "SEQ_CLS": "bert roberta distilbert longformer llama xlnet".split(),
-    "TOKEN_CLS": "bert roberta deberta-v2 longformer".split(),
-    "QUESTION_ANS": "bert roberta electra".split(),
+    "image-text": "llava qwen2_5_vl mllama paligemma kosmos-2.5 t5gemma2".split(),
+    "encoder-decoder": "t5 bart led pegasus prophetnet umt5 fsmt qwen2_audio".split(),
+    "sequence": "bert roberta distilbert longformer llama xlnet".split(),
+    "token": "bert roberta deberta-v2 longformer".split(),
+    "question": "bert roberta electra".split(),
+    "base": "bert llama t5 bart".split(),
 }
 CASES = [
-    pytest.param(kind, name, task, id=f"{task}-{kind}", marks=() if kind in FAMILIES[task] else pytest.mark.full)
-    for task in zoo.MAPPINGS
-    for kind, name in zoo.members(task)
-    if kind not in zoo.NOT_BUILT[task]
+    pytest.param(kind, name, group, id=f"{group}-{kind}", marks=() if kind in FAMILIES[group] else pytest.mark.full)
+    for group in zoo.GROUPS
+    for kind, name in zoo.members(group)
+    if kind not in zoo.NOT_BUILT[group]
 ]
 
 
-@pytest.mark.parametrize(("kind", "name", "task"), CASES)
-def test_a_prompt_of_words_is_those_words(kind, name, task):
-    found = oracle.verdicts(zoo.build(kind, name), task)
+@pytest.mark.parametrize(("kind", "name", "group"), CASES)
+def test_a_prompt_of_words_is_those_words(kind, name, group):
+    base = zoo.build(kind, name)
+    found = oracle.verdicts(base, zoo.task_type(group, base))
     for check, (verdict, message) in found.items():
         assert verdict in (oracle.RIGHT, oracle.REFUSED, oracle.NOT_APPLICABLE), f"{check}: {verdict} {message}"
     assert found["build"][0] == oracle.REFUSED or found["forward"][0] == oracle.RIGHT
 
 
 def test_every_family_is_a_member_of_the_zoo():
-    for task, kinds in FAMILIES.items():
-        assert set(kinds) <= dict(zoo.members(task)).keys() - zoo.NOT_BUILT[task]
+    for group, kinds in FAMILIES.items():
+        assert set(kinds) <= dict(zoo.members(group)).keys() - zoo.NOT_BUILT[group]
+
+
+# --- images
+
+IMAGE_TOKENS = {
+    "llava": 49,
+    "aya_vision": 49,
+    "cohere2_vision": 49,
+    "deepseek_vl": 196,
+    "internvl": 256,
+}
+
+
+@pytest.mark.parametrize("kind", IMAGE_TOKENS)
+def test_an_image_is_read_behind_the_prompt(kind):
+    base = zoo.build(kind, dict(zoo.members("image-text"))[kind])
+    base.config.image_token_id = 90
+    base.generation_config.eos_token_id = None
+    model = oracle.Oracle(base, "CAUSAL_LM", stock=False).model
+    size = base.config.vision_config.image_size
+    size = size if isinstance(size, int) else size[0]
+    text = torch.tensor([[21] + [90] * IMAGE_TOKENS[kind] + [32, 43, 51]])
+    words = torch.cat([torch.tensor([oracle.WORDS]), text], dim=1)
+    images = [torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
+    settings = {"max_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        expected, other = (
+            base(input_ids=words, pixel_values=image).logits[:, len(oracle.WORDS) :] for image in images
+        )
+        found = model(input_ids=text, pixel_values=images[0]).logits[:, len(oracle.WORDS) :]
+    torch.testing.assert_close(found, expected)
+    assert not torch.allclose(found, other, rtol=0.01, atol=0.01)
+    tokens = base.generate(words, pixel_values=images[0], **settings)[:, words.shape[1] :]
+    assert torch.equal(model.generate(text, pixel_values=images[0], **settings)[:, text.shape[1] :], tokens)
+
+
+# --- models of the wrong kind
+
+
+@pytest.mark.parametrize(("group", "kind", "other"), [("causal", "llama", "t5"), ("encoder-decoder", "t5", "llama")])
+def test_a_task_type_for_another_kind_of_model_is_refused(group, kind, other, tmp_path):
+    names = {**dict(zoo.members("causal")), **dict(zoo.members("encoder-decoder"))}
+    config = functools.partial(ResidualPromptTuningConfig, task_type=zoo.GROUPS[group][0], num_virtual_tokens=2)
+    error = f"task_type='{config.keywords['task_type']}', and .*{'T5' if other == 't5' else 'Llama'}.* Use task_type="
+    with pytest.raises(ValueError, match=error):
+        get_peft_model(zoo.build(other, names[other]), config())
+    get_peft_model(zoo.build(kind, names[kind]), config()).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=error):
+        PeftModel.from_pretrained(zoo.build(other, names[other]), tmp_path)
 
 
 # --- models that read ids

@@ -88,6 +88,16 @@ def test_candidates_change_no_token_of_a_masked_row(mask, proposing, cached):
     assert torch.equal(model.generate(**inputs, **PROPOSING[proposing]()), expected)
 
 
+@pytest.mark.parametrize("guidance", [{}, {"negative_prompt_ids": torch.tensor([[40, 18, 52]])}], ids=["", "negative"])
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2])
+def test_guidance_leads_away_from_the_text_without_a_prompt(build, guidance):
+    model, text = prompt_of_words(build()), repeating(2)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    expected = words_in_front(model, text, guidance_scale=3.0, **settings, **guidance)
+    assert not torch.equal(expected, words_in_front(model, text, **settings))
+    assert torch.equal(model.generate(text, guidance_scale=3.0, **settings, **guidance), expected)
+
+
 def test_an_assistant_with_a_prompt_is_refused():
     model = SCENARIOS["llama"].model()
     with pytest.raises(ValueError, match=r"`assistant_model` has a prompt .* `assistant_model.get_base_model\(\)`"):

@@ -25,7 +25,7 @@ from .inputs import (
     extend_mask,
     extend_positions,
     padding_first,
-    positions_of,
+    positions_in,
     reorder,
     text_of,
 )
@@ -193,7 +193,7 @@ class ResidualPeftModel(ResidualAdapters):
         if mask is not None:
             self._reorder(inputs, padding_first(self.padding_to_move(mask), prompt.embeds.shape[1]))
             if position_ids is None and accepts(self.base_model, "position_ids"):
-                inputs["position_ids"] = positions_of(inputs["attention_mask"])
+                inputs["position_ids"] = positions_in(self.base_model, inputs["attention_mask"])
 
     def _reorder(self, inputs: Inputs, order: Tensor) -> None:
         """Put the columns of all inputs in the given order `[B, P + L]`, in place."""

@@ -10,6 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from ..compat import cache_name
 from ..config import ResidualPromptTuningConfig
 from ..storage.sharded import is_sharded
 
@@ -52,6 +53,20 @@ def accepts(base_model: Any, name: str) -> bool:
     return name in inspect.signature(type(base_model).forward).parameters
 
 
+def first_position(base_model: Any) -> int:
+    """The number of a text's first position: 0, but in models that count from their padding id (Kosmos) the next."""
+    for module in base_model.modules():
+        if hasattr(module, "create_position_ids_from_input_ids"):
+            return module.padding_idx + 1
+    return 0
+
+
+def continues_from_cache(base_model: Any) -> bool:
+    """Whether the base model can read a text behind a filled cache. ProphetNet reads one token at a time there."""
+    model_type = getattr(getattr(base_model, "config", None), "model_type", None)
+    return accepts(base_model, cache_name()) and model_type != "prophetnet"
+
+
 def reads_ahead(base_model: Any) -> bool:
     """Whether what a decoder-only model computes for a token may depend on later ones, as in PaliGemma's input."""
     text_config = getattr(base_model.config, "get_text_config", lambda: base_model.config)()
@@ -69,7 +84,25 @@ def refuse_images_by_position(base_model: Any, inputs: dict[str, Any]) -> None:
         )
 
 
-def check_reads_embeddings(base_model: Any) -> None:
+def check_base_model(base_model: Any, task_type: str | None) -> None:
+    """Check that a prompt can be put in front of a base model, before the adapter is built.
+
+    Raises:
+        ValueError: If the model is no encoder-decoder model and the task type needs one, or the other way round. As
+            [`check_reads_embeddings`].
+    """
+    has_encoder = getattr(getattr(base_model, "config", None), "is_encoder_decoder", None)
+    wanted = {"CAUSAL_LM": False, "SEQ_2_SEQ_LM": True}.get(task_type or "", has_encoder)
+    if has_encoder is not None and wanted != has_encoder:
+        is_a, other = ("an", "SEQ_2_SEQ_LM") if has_encoder else ("no", "CAUSAL_LM")
+        raise ValueError(
+            f"task_type='{task_type}', and {type(base_model).__name__} is {is_a} encoder-decoder model: labels would "
+            f"be compared with the wrong tokens. Use task_type='{other}'."
+        )
+    check_reads_embeddings(base_model, task_type)
+
+
+def check_reads_embeddings(base_model: Any, task_type: str | None = None) -> None:
     """Check that the base model computes the same from the embeddings of words as from their ids.
 
     A soft prompt has no ids. A model that reads them for more than the embedding (a second table of embeddings per
@@ -95,7 +128,7 @@ def check_reads_embeddings(base_model: Any) -> None:
     base_model.eval()
     try:
         with torch.no_grad():
-            problem = _difference(base_model, words, embeddings(words))
+            problem = _difference(_reader(base_model, task_type), words, embeddings(words))
     finally:
         for module, mode in modes:
             module.training = mode
@@ -133,10 +166,16 @@ def _can_run(base_model: Any) -> bool:
     return not is_sharded(base_model) and not any(parameter.is_meta for parameter in base_model.parameters())
 
 
+def _reader(base_model: Any, task_type: str | None) -> Any:
+    """What reads the text: the encoder, if the decoder gets its own ids. Heads make them from those of the text."""
+    if not getattr(getattr(base_model, "config", None), "is_encoder_decoder", False):
+        return base_model
+    has_own_ids = base_model.can_generate() or task_type == "FEATURE_EXTRACTION"
+    return base_model.get_encoder() if has_own_ids else base_model
+
+
 def _difference(base_model: Any, words: Tensor, embeds: Tensor) -> str | None:
     """What is different with embeddings instead of ids; None if nothing is, or if the model needs other inputs too."""
-    if getattr(getattr(base_model, "config", None), "is_encoder_decoder", False) and base_model.can_generate():
-        base_model = base_model.get_encoder()
     masks = {"attention_mask": torch.ones_like(words)}
     if accepts(base_model, "global_attention_mask"):
         masks["global_attention_mask"] = torch.zeros_like(words)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compat import cache_name, generates_from_a_filled_cache, has_sliding_layers
 from .base import ResidualPeftModel
-from .base_model import accepts, reads_ahead
+from .base_model import accepts, continues_from_cache, reads_ahead
 from .generation import (
     can_continue_from_cache,
     check_direction,
@@ -26,7 +26,7 @@ from .inputs import (
     extend_mask,
     extend_positions,
     padding_first,
-    positions_of,
+    positions_in,
     reorder,
     text_of,
 )
@@ -109,7 +109,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             return None
         if inputs.get(cache_name()) is not None or inputs.get("position_ids") is not None:
             return None
-        if reads_ahead(self.base_model):
+        if reads_ahead(self.base_model) or not continues_from_cache(self.base_model):
             return None
         embeds = self.word_embeddings(inputs["input_ids"]) if embeds is None else embeds
         cache = self._prompt_cache.for_batch(self.base_model, prompt.embeds[0], embeds.shape[0])
@@ -171,7 +171,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
         length = prompt.embeds.shape[1]
         cached["inputs_embeds"] = cached["inputs_embeds"][:, length:]
         if accepts(self.base_model, "position_ids"):
-            cached["position_ids"] = positions_of(cached["attention_mask"])[:, length:]
+            cached["position_ids"] = positions_in(self.base_model, cached["attention_mask"])[:, length:].contiguous()
         return self.base_model(**cached)
 
     def _after_cache(self, prompt: BatchPrompt, inputs: Inputs) -> Inputs:
@@ -181,7 +181,8 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             order = padding_first(self.padding_to_move(mask), length)
             inputs["attention_mask"] = reorder(extend_mask(mask, prompt), order)
             if position_ids is None and accepts(self.base_model, "position_ids"):
-                inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, -text_of(inputs).shape[1] :]
+                positions = positions_in(self.base_model, inputs["attention_mask"])
+                inputs["position_ids"] = positions[:, -text_of(inputs).shape[1] :].contiguous()
         if position_ids is not None:
             inputs["position_ids"] = extend_positions(position_ids, prompt)[:, length:]
         return inputs

@@ -190,7 +190,9 @@ def taking_embeds(base_model: Any, word_embeddings: nn.Module, inputs: Inputs) -
         return {**prepared, "input_ids": None}
 
     def _get_candidate_generator(model_kwargs: Inputs, **kwargs: Any) -> Any:
-        of_text = {name: value for name, value in model_kwargs.items() if name != "inputs_embeds"}
+        of_text = {
+            name: value for name, value in model_kwargs.items() if name not in ("inputs_embeds", "position_ids")
+        }
         return base_model._get_candidate_generator(model_kwargs=of_text, **kwargs)
 
     own = {"_get_candidate_generator": _get_candidate_generator} if proposes else {}

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base_model import first_position
 from .mixed_batch import BatchPrompt
 
 
@@ -61,6 +62,11 @@ def positions_of(mask: Tensor) -> Tensor:
     after_text = mask.flip(-1).cumsum(-1).flip(-1) == 0
     skipped = (mask == 0) & ~after_text
     return (torch.arange(mask.shape[1], device=mask.device) - skipped.long().cumsum(-1)).clamp(min=0)
+
+
+def positions_in(base_model: Any, mask: Tensor) -> Tensor:
+    """The `position_ids` `[B, L]` that a decoder-only model would give to the tokens of a mask by itself."""
+    return positions_of(mask) + first_position(base_model)
 
 
 def padding_first(moved: Tensor, length: int) -> Tensor:

@@ -28,7 +28,7 @@ from ..storage import checkpoint
 from ..storage.saved_adapter import SavedAdapter, keys_of_modules, naming, read_residual_adapter
 from . import causal_lm, tasks
 from .adapters import ResidualAdapters
-from .base_model import check_reads_embeddings, fill_in_sizes
+from .base_model import check_base_model, fill_in_sizes
 from .learning_rate import watch_learning_rate
 
 
@@ -90,7 +90,7 @@ def _add_adapter(original: Any, model: Any, adapter_name: str, peft_config: Any,
     is_residual = isinstance(peft_config, ResidualPromptTuningConfig) and model.peft_type in _COMPATIBLE_TYPES
     if is_residual:
         _check_adapter_name(adapter_name, peft_config)
-        check_reads_embeddings(model.base_model)
+        check_base_model(model.base_model, peft_config.task_type)
         _adopt(model)
         fill_in_sizes(peft_config, model.base_model)
         if peft_config.inference_mode:
@@ -228,7 +228,7 @@ def _check_before_loading(
     """
     _check_adapter_name(adapter_name, saved.config)
     _check_heads(model, prefix, saved, kwargs)
-    check_reads_embeddings(model.base_model if isinstance(model, PeftModel) else model)
+    check_base_model(model.base_model if isinstance(model, PeftModel) else model, saved.config.task_type)
     return saved.config.to_prompt_tuning_config(inference_mode=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..compat import cache_name, keys_and_values, takes_cache_objects
 from ..storage.sharded import is_sharded
-from .base_model import accepts, reads_ahead
+from .base_model import accepts, continues_from_cache, reads_ahead
 from .checkpointing import RepeatableLayer, checkpointed_layers, with_cache
 from .dropout import active_dropout
 from .inputs import (
@@ -24,7 +24,7 @@ from .inputs import (
     extend_mask,
     extend_positions,
     padding_first,
-    positions_of,
+    positions_in,
     reorder,
     text_of,
 )
@@ -37,6 +37,8 @@ from .mixed_batch import BatchPrompt
 SHORTEST_PROMPT = 20
 SMALLEST_SAVING = 0.15
 
+# Model types whose loss takes the logits where the mask is not 0, which would have to be as long as each other.
+_LOSS_BY_MASK = ("qwen2_audio", "granite_speech", "granite_speech_plus")
 # Inputs with which the usual way is taken
 _OTHERS = (
     "output_hidden_states",
@@ -66,7 +68,7 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     """
     if not prompt.is_shared or prompt.embeds.shape[1] < 2 or not takes_cache_objects(base_model):
         return False
-    if torch.compiler.is_compiling() or hasattr(base_model, "_orig_mod"):
+    if torch.compiler.is_compiling() or hasattr(base_model, "_orig_mod") or not continues_from_cache(base_model):
         return False
     if any(inputs.get(name) is not None for name in _OTHERS):
         return False
@@ -74,6 +76,8 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     if isinstance(kept, Tensor):
         return False
     if kept and (not 0 < kept <= text_of(inputs).shape[1] or inputs.get("labels") is not None):
+        return False
+    if inputs.get("labels") is not None and base_model.config.model_type in _LOSS_BY_MASK:
         return False
     config = base_model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -134,7 +138,7 @@ def shared_forward(
     inputs["attention_mask"][:, length - 1 :] = reorder(inputs["attention_mask"][:, length - 1 :], order)
     if accepts(base_model, "position_ids"):
         if position_ids is None:
-            inputs["position_ids"] = positions_of(inputs["attention_mask"])[:, length - 1 :]
+            inputs["position_ids"] = positions_in(base_model, inputs["attention_mask"])[:, length - 1 :].contiguous()
         else:
             check_position_ids(position_ids, mask)
             positions = extend_positions(position_ids.expand(rows, -1), prompt)[:, length - 1 :]
@@ -152,7 +156,7 @@ def shared_forward(
     with with_cache(base_model, layers):
         options = {"use_cache": not layers, "return_dict": True}
         first = base_model(inputs_embeds=prompt.embeds[:1, :-1].to(embeds), **{cache_name(): cache}, **few, **options)
-        cache = _expanded(cache if layers else first[cache_name()], rows, length - 1)
+        cache = _expanded(cache if layers else first.get(cache_name()), rows, length - 1)
         if cache is None:
             return None
         outputs = base_model(**{**inputs, cache_name(): cache, **options})
