@@ -177,7 +177,7 @@ def inspect_prompt(
         embedding=embedding,
         norms=projected.norm(dim=1),
         embedding_norms=None if embedding is None else embedding.norm(dim=1),
-        network_share=None if embedding is None else _network_share(config, embedding, projected),
+        network_share=None if embedding is None else network_share(config, embedding, projected),
         similarity=unit @ unit.T,
         vocabulary_norms=vocabulary_norms,
         distance_from_initialization=None if initial is None else (trained - initial).norm(dim=1),
@@ -186,7 +186,8 @@ def inspect_prompt(
     )
 
 
-def _network_share(config: Any, embedding: Tensor, projected: Tensor) -> Tensor:
+def network_share(config: Any, embedding: Tensor, projected: Tensor) -> Tensor:
+    """The network's share `[P]` of each projected token `[P, H]`, as in [`PromptReport`]."""
     # Without a network the embedding is the projected prompt: all skip.
     has_skip = config.has_skip or torch.equal(embedding, projected)
     skipped = embedding if has_skip else torch.zeros_like(projected)
