@@ -127,6 +127,19 @@ def test_training(run_page, tmp_path, monkeypatch):
     assert names["trainer"].state.global_step == 2 and names["model"].prompt_encoder["default"].is_trainable
 
 
+def test_troubleshooting(run_page, tmp_path):
+    model = get_peft_model(tiny_llama(vocab_size=264, attention_dropout=0.5), make_config(task_type="CAUSAL_LM"))
+    names = run_page(
+        "troubleshooting.md",
+        model=model,
+        args=arguments(tmp_path),
+        tokenizer=bytes_behind_a_start_token(),
+        optimizer=peft_residual.create_residual_optimizer(model),
+    )
+    assert names["finding"].remedy
+    assert names["difference"] < 1e-5 and names["model"].peft_config["default"].peft_type == "PROMPT_TUNING"
+
+
 def test_after_training(run_page, monkeypatch):
     base, tokenizer = tiny_llama(vocab_size=264, max_position_embeddings=128), bytes_behind_a_start_token()
     base.generation_config.eos_token_id = None

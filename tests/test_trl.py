@@ -1,12 +1,15 @@
 """TRL's SFTTrainer takes the config and builds the model: what it computes, resumes and what is refused."""
 
+import copy
+
 import pytest
 import torch
-from conftest import make_config, tiny_llama
+from conftest import make_config, sharpen, tiny_llama
 from datasets import Dataset
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import TrainerCallback
-from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from peft_residual import ResidualOptimizerFactory, disable_base_dropout, get_prompt_tensor
 
@@ -125,31 +128,26 @@ def test_supervised_training_learns_the_same_with_a_shared_prompt(gradient_check
     assert (prompts[1] - prompts[0]).norm() <= 1e-5 * prompts[0].norm()
 
 
+QUIET = {"use_cpu": True, "bf16": False, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "seed": 3}
+
+
+def make_policy_trainer(folder, tokenizer, **settings):
+    torch.manual_seed(0)
+    values = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 6, "learning_rate": 0.1}
+    return GRPOTrainer(
+        tiny_llama(),
+        reward_funcs=lambda completions, **kwargs: [float(len(set(text.split()))) for text in completions],
+        args=GRPOConfig(output_dir=str(folder), **{**values, **QUIET, **settings}),
+        train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
+        processing_class=tokenizer,
+        peft_config=make_config(task_type="CAUSAL_LM", prompt_tuning_init_seed=0, num_virtual_tokens=20),
+    )
+
+
 def test_policy_optimization_learns_the_same_with_a_shared_prompt(tmp_path, tokenizer, shared):
     prompts = []
     for share in (False, None):
-        torch.manual_seed(0)
-        trainer = GRPOTrainer(
-            tiny_llama(),
-            reward_funcs=lambda completions, **kwargs: [float(len(set(text.split()))) for text in completions],
-            args=GRPOConfig(
-                output_dir=str(tmp_path / str(share)),
-                max_steps=20,
-                per_device_train_batch_size=4,
-                num_generations=4,
-                max_completion_length=6,
-                learning_rate=0.1,
-                use_cpu=True,
-                bf16=False,
-                report_to=[],
-                disable_tqdm=True,
-                save_strategy="no",
-                seed=3,
-            ),
-            train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in ROWS]),
-            processing_class=tokenizer,
-            peft_config=make_config(task_type="CAUSAL_LM", prompt_tuning_init_seed=0, num_virtual_tokens=20),
-        )
+        trainer = make_policy_trainer(tmp_path / str(share), tokenizer, max_steps=20)
         trainer.model.share_prompt(share)
         before = get_prompt_tensor(trainer.model)
         trainer.train()
@@ -157,3 +155,104 @@ def test_policy_optimization_learns_the_same_with_a_shared_prompt(tmp_path, toke
         assert not torch.equal(prompts[-1], before)
         assert bool(shared) == (share is None)
     assert (prompts[1] - prompts[0]).norm() <= 1e-5 * prompts[0].norm()
+
+
+# --- preferences and rewards ----------------------------------------------------------------------------------------
+
+PREFERENCES = [{**row, "chosen": row["completion"], "rejected": " maybe down"} for row in ROWS[:4]]
+
+
+def log_probability(model, tokenizer, text, answer, end=True):
+    """Of an answer and the end of the text, from one row without padding."""
+    question, answer = (tokenizer(part, return_tensors="pt")["input_ids"] for part in (text, answer))
+    if end:
+        answer = torch.cat([answer, torch.tensor([[tokenizer.eos_token_id]])], dim=1)
+    with torch.no_grad():
+        logits = model(input_ids=torch.cat([question, answer], dim=1)).logits[0, -answer.shape[1] - 1 : -1]
+    return logits.log_softmax(-1).gather(1, answer[0, :, None]).sum()
+
+
+def test_preferences_are_measured_against_the_model_without_the_prompt(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    trainer = DPOTrainer(
+        sharpen(tiny_llama(), 4.0),
+        args=DPOConfig(
+            output_dir=str(tmp_path),
+            max_steps=6,
+            per_device_train_batch_size=4,
+            learning_rate=0.3,
+            logging_steps=1,
+            beta=0.5,
+            **QUIET,
+        ),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer,
+        peft_config=make_config(task_type="CAUSAL_LM", prompt_tuning_init_seed=0, num_virtual_tokens=4),
+    )
+    model = trainer.model.eval()
+    batch = next(iter(trainer.get_train_dataloader()))
+    loss = trainer.compute_loss(trainer.model, dict(batch))
+    expected = []
+    for row in PREFERENCES:
+        ratios = []
+        for name in ("chosen", "rejected"):
+            with model.disable_adapter():
+                reference = log_probability(model, tokenizer, row["prompt"], row[name])
+            ratios.append(log_probability(model, tokenizer, row["prompt"], row[name]) - reference)
+        expected.append(-torch.nn.functional.logsigmoid(0.5 * (ratios[0] - ratios[1])))
+    assert not torch.allclose(loss, torch.tensor(2.0).log(), atol=0.01)  # the loss of a model that is its reference
+    torch.testing.assert_close(loss.detach(), torch.stack(expected).mean(), rtol=1e-4, atol=1e-5)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("kind", ["MLP1", "SUPERPOS"])
+def test_preferences_of_a_trained_prompt_are_measured_against_that_prompt(kind, tmp_path, tokenizer):
+    base = sharpen(tiny_llama(), 4.0)
+    config = make_config(task_type="CAUSAL_LM", encoder_reparameterization_type=kind, num_virtual_tokens=4)
+    first = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        first.prompt_encoder["default"].embedding.weight.normal_(generator=torch.Generator().manual_seed(1))
+    first.save_pretrained(tmp_path / "first")
+    model = PeftModel.from_pretrained(base, tmp_path / "first", is_trainable=True)
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(
+            output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, learning_rate=0.3, beta=0.5, **QUIET
+        ),
+        train_dataset=Dataset.from_list(PREFERENCES),
+        processing_class=tokenizer,
+    )
+    model.eval()
+    reference = [log_probability(first.eval(), tokenizer, row["prompt"], row["chosen"]) for row in PREFERENCES]
+    batch = next(iter(trainer.get_train_dataloader()))
+    torch.testing.assert_close(trainer.compute_loss(model, dict(batch)).detach(), torch.tensor(2.0).log())
+    trainer.train()
+    model.eval()
+    assert trainer.compute_loss(model, dict(batch)) < torch.tensor(2.0).log() - 0.01
+    model.set_adapter("ref")
+    after = [log_probability(model, tokenizer, row["prompt"], row["chosen"]) for row in PREFERENCES]
+    torch.testing.assert_close(torch.stack(after), torch.stack(reference))
+
+
+def test_a_policy_s_probabilities_are_those_of_each_row_alone(tmp_path, tokenizer):
+    trainer = make_policy_trainer(tmp_path, tokenizer)
+    texts, answers = [row["prompt"] for row in ROWS[:3]], [row["completion"] for row in ROWS[:3]]
+    ids = {  # as the trainer pads them: questions on the left, answers on the right
+        side: tokenizer(rows, padding=True, padding_side=side, return_tensors="pt")
+        for side, rows in (("left", texts), ("right", answers))
+    }
+    inputs, mask = (torch.cat([ids["left"][n], ids["right"][n]], dim=1) for n in ("input_ids", "attention_mask"))
+    model, length = trainer.model.eval(), ids["right"]["input_ids"].shape[1]
+    found = trainer._get_per_token_logps_and_entropies(model, inputs, mask, length)[0]
+    total = (found * ids["right"]["attention_mask"]).sum(dim=1)
+    pairs = zip(texts, answers, strict=True)
+    expected = [log_probability(model, tokenizer, text, answer, end=False) for text, answer in pairs]
+    torch.testing.assert_close(total.detach(), torch.stack(expected), rtol=1e-4, atol=1e-4)
+
+
+def test_generation_that_leaves_out_the_prompt_is_refused(tmp_path, tokenizer):
+    trainer = make_policy_trainer(tmp_path, tokenizer, use_transformers_continuous_batching=True, max_steps=1)
+    with pytest.raises((AttributeError, ValueError), match=r"generate_batch.* prompt"):
+        trainer.train()

@@ -104,6 +104,10 @@ def _add_adapter(original: Any, model: Any, adapter_name: str, peft_config: Any,
         model.peft_type = peft_config.peft_type
     original(model, adapter_name, peft_config, *args, **kwargs)
     if is_residual:
+        for name, config in model.peft_config.items():
+            if config is peft_config and name != adapter_name:  # a copy, for which TRL copies weights but no buffers
+                for buffer_name, buffer in model.prompt_encoder[adapter_name].named_buffers():
+                    buffer.copy_(model.prompt_encoder[name].get_buffer(buffer_name))
         model.freeze_inactive_prompts()
         watch_learning_rate(model.prompt_encoder[adapter_name])
 
