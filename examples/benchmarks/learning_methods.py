@@ -147,6 +147,9 @@ SETTINGS = {
     "shared, M=128": at(0.3, residual(encoder_hidden_size=128)),
     "zero start": at(0.3, residual(**PER_TOKEN, encoder_zero_init=True)),
     "zero start, norm first": at(0.03, residual(**{**ZERO, **PER_TOKEN})),
+    "zero start, in units of the embeddings": at(
+        0.15, residual(**ZERO, encoder_scale=None), optimizer=residual_adamw(0.004)
+    ),
     "network at 0.01": at(3.0, residual(**PER_TOKEN), optimizer=residual_adamw(0.01)),
     "zero start, norm first, network at 0.01": at(
         3.0, residual(**{**ZERO, **PER_TOKEN}), optimizer=residual_adamw(0.01)
