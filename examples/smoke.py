@@ -127,12 +127,19 @@ def named_entities() -> DatasetDict:
     return _splits(row, Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}))
 
 
-# For each script: its model, its rows and its options.
+def system_prompt(folder: Path) -> list[str]:
+    """Save a text to compress, and return the options to use it."""
+    (folder / "system.txt").write_text("the film was great the game was fun " * 3)
+    return ["--text", str(folder / "system.txt"), "--num_virtual_tokens", "4", "--text_column", "sentence"]
+
+
+# For each script: its model, its rows, and its options or what saves files for them.
 SCRIPTS = {
     "sequence_classification.py": (tiny_bert, reviews, ["--subset", "default"]),
     "token_classification.py": (tiny_bert, named_entities, []),
     "causal_lm.py": (tiny_llama, news, []),
     "sft.py": (tiny_llama, news, []),
+    "compress_prompt.py": (tiny_llama, reviews, system_prompt),
 }
 
 
@@ -142,6 +149,7 @@ def options(script: str, folder: Path) -> list[str]:
     model = save_model(folder / "model")
     for split, rows in make_rows().items():
         rows.to_parquet(folder / "data" / f"{split}.parquet")
+    more = more(folder) if callable(more) else more
     return ["--model", model, "--dataset", str(folder / "data"), "--max_steps", "4", "--batch_size", "8", *more]
 
 

@@ -29,7 +29,7 @@ from peft_residual.registry import REPARAMETERIZATIONS
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 # To be copied into other projects: real models and data, and no import from this repository but the package.
-COPIED = ["sequence_classification.py", "token_classification.py", "causal_lm.py", "sft.py"]
+COPIED = ["sequence_classification.py", "token_classification.py", "causal_lm.py", "sft.py", "compress_prompt.py"]
 SCRIPTS = [
     *COPIED,
     "by_feature/base.py",

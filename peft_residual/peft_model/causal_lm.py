@@ -170,6 +170,8 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             return super().prompted_forward(prompt, inputs) if outputs is None else outputs
         length = prompt.embeds.shape[1]
         cached["inputs_embeds"] = cached["inputs_embeds"][:, length:]
+        # Positions, not a number, as for a shared prompt.
+        cached["logits_to_keep"] = torch.arange(-cached["logits_to_keep"], 0, device=cached["inputs_embeds"].device)
         if accepts(self.base_model, "position_ids"):
             cached["position_ids"] = positions_in(self.base_model, cached["attention_mask"])[:, length:].contiguous()
         return self.base_model(**cached)
