@@ -169,9 +169,19 @@ def generates_from_a_filled_cache() -> bool:
 def assists_from_embeddings() -> bool:
     """Whether assisted generation (`prompt_lookup_num_tokens`, `assistant_model`) starts from embeddings.
 
-    Before 5.2 it fails, then it gives wrong tokens (5.15 still does). Can go when 5.18 is the oldest transformers.
+    Before 5.2 it fails, then it gives wrong tokens (5.15 still does). Nor can classes that prepare no embeddings
+    generate from them. Can go when 5.18 is the oldest transformers.
     """
     return _release(version("transformers")) >= (5, 18)
+
+
+def generates_in_both_directions() -> bool:
+    """Whether bidirectional architectures with a causal head generate.
+
+    4.51 fails with embeddings, and 5.0 gives wrong tokens, with words too. 4.57 and 5.10 are right; those between are
+    not known. Can go when 5.10 is the oldest transformers.
+    """
+    return not (_release(version("transformers")) < (4, 57) or (5, 0) <= _release(version("transformers")) < (5, 10))
 
 
 def warn_of_stock_generation(stacklevel: int = 3) -> None:
@@ -231,6 +241,19 @@ def has_sliding_layers(cache: Any, base_model: Any) -> bool:
     if hasattr(cache, "is_sliding"):
         return any(cache.is_sliding)
     return bool(getattr(base_model.config.get_text_config(), "sliding_window", None))
+
+
+def can_precompute_prompt(base_model: Any) -> bool:
+    """Whether a causal model computes a text after the prompt's keys and values as it does after the prompt.
+
+    PaliGemma's prompt reads the text, and Doge is wrong with a filled cache. The model types can go when 5.18 is the
+    oldest transformers: PaliGemma's config tells from 5.0 on, and Doge is right.
+    """
+    config = base_model.config
+    text_config = getattr(config, "get_text_config", lambda: config)()
+    reads_ahead = bool(getattr(text_config, "use_bidirectional_attention", False))
+    is_old = _release(version("transformers")) < (5, 18)
+    return not reads_ahead and not (is_old and getattr(config, "model_type", None) in ("doge", "paligemma"))
 
 
 # --- transformers: loading ------------------------------------------------------------------------------------------

@@ -219,8 +219,11 @@ class Oracle:
 
     def _base_tokens(self, row: int, **settings: Any) -> list[list[int]]:
         ids = torch.tensor([WORDS + TEXTS[row]])
+        return self._tokens_of_base(ids, torch.ones_like(ids), **settings)
+
+    def _tokens_of_base(self, ids: Tensor, mask: Tensor, **settings: Any) -> list[list[int]]:
         try:
-            return self._tokens(self.base, ids, torch.ones_like(ids), **settings)
+            return self._tokens(self.base, ids, mask, **settings)
         except Exception as error:
             raise NotApplicable(f"the base model fails: {error}") from error
 
@@ -239,7 +242,7 @@ class Oracle:
         """Greedy decoding of a padded batch: on the left, for encoder-decoder models on the right."""
         side = "right" if self.base.config.is_encoder_decoder else "left"
         want = [tokens for row in range(len(TEXTS)) for tokens in self._base_tokens(row)]
-        if self._tokens(self.base, *self._batch(side, WORDS)) != want:
+        if self._tokens_of_base(*self._batch(side, WORDS)) != want:
             raise NotApplicable("the base model itself generates other tokens with padding")
         return self._tokens(self.model, *self._batch(side)) == want
 

@@ -5,8 +5,9 @@ import functools
 import oracle
 import pytest
 import torch
+import transformers
 import zoo
-from hosts import skip_before
+from hosts import skip_before, skip_where_transformers_fails
 from peft import PeftModel, get_peft_model
 from transformers import EsmConfig, EsmForTokenClassification
 
@@ -14,14 +15,12 @@ from peft_residual import ResidualPromptTuningConfig
 from peft_residual.peft_model.base_model import SWITCH, check_reads_embeddings
 
 
-pytestmark = skip_before((5, 23), "other models and other ways to generate: not compared yet")
-
 # One member of each family: rotary, absolute and relative positions, sliding windows, experts, state spaces, hybrids,
 # multi-query attention, classes that generate from ids alone, encoder-decoder and bidirectional models.
 FAMILIES = {
     "causal": (
         "llama gpt2 opt bloom mistral gemma2 gemma3_text qwen3_moe mixtral mamba mamba2 falcon_h1 jamba lfm2 bamba "
-        "nemotron_h gpt_bigcode ctrl openai-gpt xlnet gemma3 prophetnet deepseek_v3 rwkv bert"
+        "nemotron_h gpt_bigcode doge ctrl openai-gpt xlnet gemma3 prophetnet deepseek_v3 rwkv bert"
     ).split(),
     "image-text": "llava qwen2_5_vl mllama paligemma kosmos-2.5 t5gemma2".split(),
     "encoder-decoder": "t5 bart led pegasus prophetnet umt5 fsmt qwen2_audio".split(),
@@ -40,13 +39,15 @@ CASES = [
 
 @pytest.mark.parametrize(("kind", "name", "group"), CASES)
 def test_a_prompt_of_words_is_those_words(kind, name, group):
-    base = zoo.build(kind, name)
+    with skip_where_transformers_fails():  # sizes of the zoo's models follow the newest configurations
+        base = zoo.build(kind, name)
     found = oracle.verdicts(base, zoo.task_type(group, base))
     for check, (verdict, message) in found.items():
         assert verdict in (oracle.RIGHT, oracle.REFUSED, oracle.NOT_APPLICABLE), f"{check}: {verdict} {message}"
     assert found["build"][0] == oracle.REFUSED or found["forward"][0] == oracle.RIGHT
 
 
+@skip_before((5, 23), "some members of the families are missing")
 def test_every_family_is_a_member_of_the_zoo():
     for group, kinds in FAMILIES.items():
         assert set(kinds) <= dict(zoo.members(group)).keys() - zoo.NOT_BUILT[group]
@@ -125,8 +126,10 @@ READING = {"CAUSAL_LM": gemma3n, "TOKEN_CLS": esm}
 @pytest.mark.parametrize("task", READING)
 def test_a_model_that_reads_ids_is_refused_unless_the_check_is_off(task, monkeypatch, tmp_path):
     config = functools.partial(ResidualPromptTuningConfig, task_type=task, num_virtual_tokens=2)
+    if task == "CAUSAL_LM" and not hasattr(transformers, "Gemma3nForCausalLM"):
+        pytest.skip("this transformers has no Gemma 3n")
     base = READING[task]()
-    with pytest.raises(ValueError, match=f"{type(base).__name__} reads the ids .* differ by .*{SWITCH}=0"):
+    with pytest.raises(ValueError, match=f"{type(base).__name__} reads the ids .* (differ by|fails) .*{SWITCH}=0"):
         get_peft_model(base, config())
     monkeypatch.setenv(SWITCH, "0")
     model = get_peft_model(base, config())

@@ -4,14 +4,15 @@ import json
 import re
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import make_config, tiny, tiny_gpt2, tiny_llama, tiny_opt
+from conftest import make_config, tiny, tiny_bert, tiny_gpt2, tiny_llama, tiny_opt
 from fresh_process import run_python
 from peft import get_peft_model
 from scenarios import SCENARIOS
-from transformers import DynamicCache, GenerationConfig
+from transformers import BertLMHeadModel, CTRLConfig, CTRLLMHeadModel, DynamicCache, GenerationConfig
 
 from peft_residual import compat, convert_to_prompt_tuning, save_as_prefix_tuning, save_as_prompt_tuning
 from peft_residual.peft_model import causal_lm, generation
@@ -73,11 +74,42 @@ def test_a_prompt_cache_that_generate_cannot_use_is_said_and_the_tokens_are_the_
     assert torch.equal(model.generate(IDS, max_new_tokens=6), expected)
 
 
-@pytest.mark.parametrize("settings", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": object()}])
+@pytest.mark.parametrize(
+    "settings", [{"prompt_lookup_num_tokens": 2}, {"assistant_model": object()}, {"assistant_early_exit": 1}]
+)
 def test_assisted_generation_is_refused_where_transformers_fails(settings, monkeypatch):
     monkeypatch.setattr(generation, "assists_from_embeddings", lambda: False)
     with pytest.raises(ValueError, match=rf"`{next(iter(settings))}` with a prompt needs transformers 5.18"):
         prompted(tiny_llama()).generate(IDS, max_new_tokens=4, **settings)
+
+
+def test_classes_that_prepare_no_embeddings_are_refused_where_transformers_fails(monkeypatch):
+    monkeypatch.setattr(generation, "assists_from_embeddings", lambda: False)
+    sizes = {"vocab_size": 64, "n_positions": 64, "n_embd": 16, "n_layer": 1, "n_head": 2, "dff": 32}
+    model = prompted(CTRLLMHeadModel(CTRLConfig(**sizes)))
+    assert model(input_ids=IDS).logits.shape[1] == 4 + IDS.shape[1]
+    with pytest.raises(ValueError, match=r"CTRLLMHeadModel cannot generate with a prompt .* transformers>=5.18"):
+        model.generate(IDS, max_new_tokens=4)
+
+
+def test_generation_in_both_directions_is_refused_where_transformers_is_wrong(monkeypatch):
+    monkeypatch.setattr(generation, "generates_in_both_directions", lambda: False)
+    with pytest.raises(ValueError, match=r"'bert' reads in both directions.*`is_decoder=True`.*transformers>=5.10"):
+        prompted(BertLMHeadModel(tiny_bert("").config)).generate(IDS, max_new_tokens=4)
+
+
+@pytest.mark.parametrize("number, is_right", [("4.51.3", False), ("4.57.6", True), ("5.0.0", False), ("5.10.4", True)])
+def test_versions_that_generate_in_both_directions(number, is_right, monkeypatch):
+    monkeypatch.setattr(compat, "version", lambda name: number)
+    assert compat.generates_in_both_directions() is is_right
+
+
+@pytest.mark.parametrize("model_type", ["doge", "paligemma"])
+def test_a_prompt_is_computed_with_its_text_where_an_older_transformers_is_not_exact(model_type, monkeypatch):
+    base = SimpleNamespace(config=SimpleNamespace(model_type=model_type))  # which tells no more before 5.0
+    for number, is_exact in (("4.57.6", False), ("5.10.4", False), ("5.18.0", True)):
+        monkeypatch.setattr(compat, "version", lambda name, number=number: number)
+        assert compat.can_precompute_prompt(base) is is_exact
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

@@ -4,21 +4,22 @@ The oracle is the base model: a prompt of real words gives what the words in fro
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
 import transformers
 from conftest import BASE, EOS, PAD, VOCAB_SIZE, WIDTH, make_config, sharpen, tiny, tiny_gpt2, tiny_llama, tiny_t5
-from hosts import skip_before
+from hosts import STOCK_GENERATION, TRANSFORMERS, needs_assistance, skip_where_transformers_fails
 from peft import get_peft_model
 from scenarios import SCENARIOS
 from transformers import GenerationConfig
 from transformers.generation import EncoderNoRepeatNGramLogitsProcessor, EncoderRepetitionPenaltyLogitsProcessor
 
 from peft_residual import convert_to_prompt_tuning
+from peft_residual.compat import assists_from_embeddings
 
 
-pytestmark = skip_before((5, 23), "other models and other ways to generate: not compared yet")
 WORDS = [9, 33, 21, 14]
 
 
@@ -61,6 +62,7 @@ PROPOSING = {
 }
 
 
+@needs_assistance
 @pytest.mark.parametrize("proposing", PROPOSING)
 @pytest.mark.parametrize("build", [tiny_llama, tiny_gpt2, lambda: tiny("Qwen2"), lambda: tiny("Gemma2")])
 def test_candidates_change_no_token(build, proposing):
@@ -75,6 +77,7 @@ def test_candidates_change_no_token(build, proposing):
         assert torch.equal(model.generate(text, **settings, **PROPOSING[proposing]()), expected)
 
 
+@needs_assistance
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("proposing", ["lookup", "assistant"])
 @pytest.mark.parametrize("mask", [[0, 0, 0] + [1] * 9, [1] * 4 + [0] + [1] * 7], ids=["padding", "gap"])
@@ -115,7 +118,9 @@ def test_the_base_model_is_the_same_while_it_generates():
         return scores
 
     settings = {"logits_processor": [compare], "max_new_tokens": 3, "encoder_repetition_penalty": 1.5}
-    model.generate(repeating(0), prompt_lookup_num_tokens=2, **settings)
+    if assists_from_embeddings():
+        settings["prompt_lookup_num_tokens"] = 2
+    model.generate(repeating(0), **settings)
 
 
 # --- models that prepare their inputs in their own way --------------------------------------------------------
@@ -186,9 +191,27 @@ MODES = {
 
 
 def model_with_own_inputs(name):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"this transformers has no {name}")
     config = getattr(transformers, f"{name}Config")(**OWN_INPUTS[name])
     model_class = next(getattr(transformers, name + head) for head in HEADS if hasattr(transformers, name + head))
     return prompt_of_words(sharpen(model_class(config), 4.0))
+
+
+def right_settings(name):
+    """Settings with which the base model generates what whole forward passes give, and what a prompt must give."""
+    has_wrong_cache = TRANSFORMERS < (4, 57) if name == "Gemma3" else name == "XLM" and TRANSFORMERS >= (5, 24)
+    return {"use_cache": False} if has_wrong_cache else {}
+
+
+def is_refused(model, **inputs):
+    """Whether `generate` is refused by name: before 5.18, transformers gives some classes no embeddings."""
+    takes_embeds = "inputs_embeds" in inspect.signature(model.base_model.prepare_inputs_for_generation).parameters
+    if takes_embeds or assists_from_embeddings():
+        return False
+    with pytest.raises(ValueError, match="cannot generate with a prompt"):
+        model.generate(**inputs)
+    return True
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -200,8 +223,11 @@ def test_models_that_prepare_their_inputs_in_their_own_way(name, mode):
     settings |= {"return_dict_in_generate": True, "output_scores": True}
     for length in (6, 1):
         text = torch.tensor([[7, 40, 18, 52, 31, 12]])[:, :length]
+        if is_refused(model, input_ids=text, **settings):
+            continue
         torch.manual_seed(3)
-        expected, expected_scores = words_in_front(model, text, **settings)
+        with skip_where_transformers_fails():
+            expected, expected_scores = words_in_front(model, text, **{**settings, **right_settings(name)})
         torch.manual_seed(3)
         generated = model.generate(text, **settings)
         assert torch.equal(generated.sequences, expected)
@@ -214,13 +240,17 @@ def test_padding_of_models_that_prepare_their_inputs_in_their_own_way(name):
     model = model_with_own_inputs(name)
     ids = torch.tensor([[7, 40, 18, 52, 31, 12], [0, 0, 8, 27, 11, 45]])
     inputs = {"input_ids": ids, "attention_mask": (ids != 0).long(), "max_new_tokens": 5}
+    if is_refused(model, **inputs):
+        return
     if name in WITHOUT_MASK:
         with pytest.raises(ValueError, match="one by one"):
             model.generate(**inputs)
         return
+    settings = {"max_new_tokens": 5, **right_settings(name)}
+    with skip_where_transformers_fails():
+        expected = [words_in_front(model, row, **settings)[0] for row in (ids[:1], ids[1:, 2:])]
     generated = model.generate(**inputs)
-    assert torch.equal(generated[0], words_in_front(model, ids[:1], max_new_tokens=5)[0])
-    assert torch.equal(generated[1, 2:], words_in_front(model, ids[1:, 2:], max_new_tokens=5)[0])
+    assert torch.equal(generated[0], expected[0]) and torch.equal(generated[1, 2:], expected[1])
 
 
 def test_a_prompt_that_reads_the_text_is_computed_with_each_row():
@@ -296,14 +326,19 @@ PENALTIES = {
 def test_penalties_on_tokens_of_the_input(name, penalty):
     model = SCENARIOS[name].model()
     model.base_model.generation_config.eos_token_id = None
-    plain = model.generate(repeating(0), max_new_tokens=8)
     value, processor = PENALTIES[penalty]
-    text = plain[:, -5:]  # tokens that the model likes
-    expected = model.generate(text, max_new_tokens=8, logits_processor=[processor(value, text)])
-    assert not torch.equal(expected, model.generate(text, max_new_tokens=8))
+    liked = [model.generate(repeating(seed), max_new_tokens=8)[:, -5:] for seed in range(5)]
+    for text in [*liked, *(repeating(seed) for seed in range(5))]:
+        expected = model.generate(text, max_new_tokens=8, logits_processor=[processor(value, text)])
+        if not torch.equal(expected, model.generate(text, max_new_tokens=8)):
+            break
+    else:
+        pytest.fail("the penalty changes no token of any text")
     for settings in ({penalty: value}, {"generation_config": GenerationConfig(**{penalty: value})}):
         assert torch.equal(model.generate(text, max_new_tokens=8, **settings), expected)
     if name != "t5":  # there PEFT itself ignores the penalties
         stock = copy.deepcopy(model)
         convert_to_prompt_tuning(stock)
-        assert torch.equal(stock.generate(input_ids=text, max_new_tokens=8, **{penalty: value}), expected)
+        assert torch.equal(
+            stock.generate(input_ids=text, max_new_tokens=8, **{penalty: value}, **STOCK_GENERATION), expected
+        )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import VOCAB_SIZE, make_config, tiny_gpt2, tiny_llama, tiny_opt
+from hosts import TRANSFORMERS
 from peft import PromptTuningConfig, get_peft_model
 from scenarios import SCENARIOS, outputs_of, relative_difference
 from transformers import (
@@ -178,12 +179,14 @@ def test_token_types_reach_a_decoder_that_has_them():
 
 
 def test_images_are_refused_where_their_positions_come_from_ids():
-    text = {**TINY, "num_key_value_heads": 1, "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2]}}
+    rope = {"type" if TRANSFORMERS < (5, 0) else "rope_type": "default", "mrope_section": [1, 1, 2]}
+    text = {**TINY, "num_key_value_heads": 1, "rope_scaling" if TRANSFORMERS < (5, 0) else "rope_parameters": rope}
     vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "intermediate_size": 32, "num_heads": 2}
-    base = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+    config = Qwen2_5_VLConfig(**(text if TRANSFORMERS < (4, 52) else {"text_config": text}), vision_config=vision)
+    base = Qwen2_5_VLForConditionalGeneration(config)
     model = get_peft_model(base, make_config(task_type="CAUSAL_LM")).eval()
     ids = torch.randint(3, 64, (1, 5))
-    assert model(input_ids=ids).logits.shape[1] == P + 5
+    assert model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits.shape[1] == P + 5
     with pytest.raises(
         ValueError, match=r"Qwen2_5_VLForConditionalGeneration computes .* pixel_values, image_grid_thw"
     ):

@@ -67,17 +67,11 @@ def continues_from_cache(base_model: Any) -> bool:
     return accepts(base_model, cache_name()) and model_type != "prophetnet"
 
 
-def reads_ahead(base_model: Any) -> bool:
-    """Whether what a decoder-only model computes for a token may depend on later ones, as in PaliGemma's input."""
-    text_config = getattr(base_model.config, "get_text_config", lambda: base_model.config)()
-    return bool(getattr(text_config, "use_bidirectional_attention", False))
-
-
 def refuse_images_by_position(base_model: Any, inputs: dict[str, Any]) -> None:
     """Raise a `ValueError` for images or videos in a model that finds their positions with the ids of its input."""
-    backbone = getattr(base_model, "model", base_model)
+    owners = (base_model, getattr(base_model, "model", None))  # before transformers 4.52, the model itself
     names = [name for name in inputs if name.startswith(("pixel_values", "image_grid", "video_grid"))]
-    if any(inputs[name] is not None for name in names) and hasattr(backbone, "get_rope_index"):
+    if any(inputs[name] is not None for name in names) and any(hasattr(owner, "get_rope_index") for owner in owners):
         raise ValueError(
             f"{type(base_model).__name__} computes the positions of images from the ids of its input, and a soft "
             f"prompt has no ids: {', '.join(names)} cannot be used with one. Use text alone, or another model."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import assists_from_embeddings, default_setting
+from ..compat import assists_from_embeddings, cache_name, default_setting, generates_in_both_directions
 from .adapters import ResidualAdapters
 from .base_model import accepts
 from .inputs import Inputs
@@ -69,6 +69,11 @@ def check_direction(inputs: Inputs, base_model: Any) -> None:
     """Raise a `ValueError` for settings that a model with the architecture of a bidirectional one may not have."""
     if getattr(base_model.config, "is_decoder", False):
         return
+    if not generates_in_both_directions():
+        raise ValueError(
+            f"{base_model.config.model_type!r} reads in both directions, and this transformers cannot generate with a "
+            "prompt in front of such a model. Load it with `is_decoder=True`, or install transformers>=5.10."
+        )
     names = [*_PROPOSING, "cache_implementation"] if accepts(base_model, "past_key_values") else _PROPOSING
     given = [name for name in names if setting(name, inputs, base_model)]
     if given:
@@ -94,8 +99,10 @@ def first_token(inputs: Inputs, base_model: Any) -> Tensor:
 
 def refuse_assistance(inputs: Inputs, base_model: Any) -> None:
     """Raise a `ValueError` for assisted generation where transformers fails with a prompt or gives wrong tokens."""
-    for name in ("prompt_lookup_num_tokens", "assistant_model"):
-        if not assists_from_embeddings() and setting(name, inputs, base_model) is not None:
+    if assists_from_embeddings():
+        return
+    for name in _PROPOSING:
+        if setting(name, inputs, base_model):
             raise ValueError(
                 f"`{name}` with a prompt needs transformers 5.18 or later, which can start assisted generation from "
                 "embeddings. Leave it out, or install transformers>=5.18."
@@ -151,16 +158,22 @@ def taking_embeds(base_model: Any, word_embeddings: nn.Module, inputs: Inputs) -
         word_embeddings (`torch.nn.Module`): The base model's word embeddings.
         inputs (`dict`): The arguments of `generate`: `input_ids` `[B, L]`, and `inputs_embeds` `[B, E, H]` and
             `attention_mask` `[B, E]` of prompt and text.
-    """
-    from transformers.generation.utils import ALL_CACHE_NAMES
 
-    if not assists_from_embeddings():
-        return base_model
+    Raises:
+        ValueError: If the class prepares no embeddings, or no mask, and transformers cannot generate without.
+    """
     base_model = getattr(base_model, "_orig_mod", base_model)  # a compiled model generates with this one
     prepare = base_model.prepare_inputs_for_generation
     proposes = proposes_candidates(inputs, base_model)
     if "inputs_embeds" in inspect.signature(prepare).parameters and not proposes:
         return base_model
+    if not assists_from_embeddings():
+        raise ValueError(
+            f"{type(base_model).__name__} cannot generate with a prompt on this transformers, which gives it no "
+            "embeddings. Install transformers>=5.18."
+        )
+    from transformers.generation.utils import ALL_CACHE_NAMES
+
     text_length, mask = inputs["input_ids"].shape[1], inputs["attention_mask"]
 
     def prepare_inputs_for_generation(
@@ -179,7 +192,11 @@ def taking_embeds(base_model: Any, word_embeddings: nn.Module, inputs: Inputs) -
             kwargs["next_sequence_length"] = None
         elif kwargs.get("next_sequence_length") is not None:
             start = length - kwargs["next_sequence_length"]
-        prepared = prepare(nn.functional.pad(new_ids, (length, 0)), **kwargs)
+        ids = nn.functional.pad(new_ids, (length, 0))
+        prepared = prepare(ids, **kwargs)
+        if prepared["input_ids"].shape[1] > ids.shape[1] and cache_name() in prepared:
+            # XLM appends a token that is not part of the text: its keys and values may not be kept.
+            prepared.update({cache_name(): None, "use_cache": False})
         if kwargs.get("attention_mask") is not None and "attention_mask" not in prepared:
             raise ValueError(
                 f"{type(base_model).__name__} does not use `attention_mask` when it generates, and padding would be "
