@@ -1,7 +1,8 @@
 """`nox` (or `make matrix`) runs the core tests with other versions of PEFT's world, and the wheel on its own.
 
-`nox -s oldest` runs one session, `nox --force-python 3.13` uses another Python that is installed. A session needs
-nothing but a package index. `newest_released` may fail: it tells what is new.
+`nox -s oldest` runs one session, `nox -s oldest -- -n 2` gives pytest two processes, and `nox --force-python 3.13`
+uses another Python that is installed. A session needs nothing but a package index. `newest_released` may fail: it tells
+what is new.
 """
 
 import re
@@ -16,7 +17,12 @@ nox.options.default_venv_backend = "venv"
 ROOT = Path(__file__).parent
 PINS = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 TORCH = f"torch=={PINS['torch']}"  # the only one that was tested
-TOOLS = [f"{name}=={PINS[name]}" for name in ("pytest", "pytest-timeout", "hypothesis", "matplotlib")]
+TOOLS = [
+    requirement
+    for name in ("pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "matplotlib")
+    # The pinned hypothesis and matplotlib need Python 3.11.
+    for requirement in (f"{name}=={PINS[name]}; python_version >= '3.11'", f"{name}; python_version < '3.11'")
+]
 # Not core: they need trl, scikit-learn, bitsandbytes or DeepSpeed, or test documents, examples and learning.
 NOT_CORE = (
     *("distributed", "docs", "embedded", "examples", "learning", "operations", "precision", "readme", "real_learning"),
@@ -42,9 +48,10 @@ def oldest(session: nox.Session) -> None:
 
 
 @nox.session
-def middle(session: nox.Session) -> None:
-    """The last transformers 4."""
-    core_tests(session, "transformers==4.57.6")
+@nox.parametrize("transformers", ["4.57.6", "5.0.0", "5.10.4"])
+def middle(session: nox.Session, transformers: str) -> None:
+    """Versions between: the last transformers 4, the first 5, and one that starts no assisted generation."""
+    core_tests(session, f"transformers=={transformers}")
 
 
 @nox.session

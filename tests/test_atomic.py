@@ -4,6 +4,7 @@ import itertools
 import os
 import random
 import signal
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import make_config, tiny_llama
 from peft import PeftModel, get_peft_model
 from scenarios import SCENARIOS, fresh, outputs_of, train
 from text_tokenizers import characters_behind_a_space
+from tqdm import tqdm
 
 from peft_residual import save_as_prefix_tuning, save_as_prompt_tuning, save_as_vocabulary
 from peft_residual.export import save_prompt_tensor
@@ -21,6 +23,21 @@ from peft_residual.storage import atomic as writing
 T5 = SCENARIOS["t5"]
 
 # --- kill -9 --------------------------------------------------------------------------------------------------------
+
+
+def fork():
+    """As `os.fork`, with a lock of the child's own for progress bars.
+
+    tqdm's lock is shared between processes. A process that is killed while it holds the lock never releases it, and
+    all others that show a progress bar would wait forever.
+    """
+    child = os.fork()
+    if not child:
+        kinds = [tqdm]
+        for kind in kinds:
+            kind.set_lock(threading.RLock())
+            kinds += kind.__subclasses__()
+    return child
 
 
 def save(model, path):
@@ -89,7 +106,7 @@ def test_kills_leave_no_half_artifact(trials, tmp_path):
     for trial, artifact in zip(range(trials), itertools.cycle(artifacts)):
         path = tmp_path / str(trial) / artifact.name
         reading, writing = os.pipe()
-        child = os.fork()
+        child = fork()
         if not child:
             try:
                 artifact.write_in_turns(path, writing)
@@ -106,7 +123,7 @@ def test_kills_leave_no_half_artifact(trials, tmp_path):
 
 def killed_after_renames(count, write):
     """Run `write` in a fork that dies at its n-th renaming or deleting of a file; returns whether it came that far."""
-    child = os.fork()
+    child = fork()
     if not child:
         done = 0
 
