@@ -1,8 +1,8 @@
-"""`python -m peft_residual` is the command line `peft-residual`."""
+"""`python -m peft_residual` is the command line `peft-residual`, after an import of the package."""
 
 import sys
 
-from .cli import main
+from peft_residual_cli import main
 
 
 sys.exit(main())

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from scenarios import SCENARIOS
 
-from peft_residual.cli import COMMANDS, main
+from peft_residual_cli import COMMANDS, main
 
 
 @pytest.fixture
@@ -252,3 +252,32 @@ def test_the_version_names_the_hosts(capsys):
     out = capsys.readouterr().out
     assert error.value.code == 0 and out.startswith(f"peft-residual {version('peft-residual')} (peft ")
     assert f"transformers {version('transformers')}," in out
+
+
+# --- how soon it answers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--help"], "merge"),
+        (["check", "--help"], "peft-residual check adapter"),
+        (["--version"], f"transformers {version('transformers')}"),
+        (["--verion"], "usage: peft-residual"),
+        (["merge", "adapter", "merged", "--overwite"], "unrecognized arguments: --overwite"),
+        (["murge"], "invalid choice: 'murge'"),
+    ],
+)
+def test_help_and_mistyped_options_import_nothing_that_takes_time(argv, words):
+    """A second is the bar; what would break it is an import, whatever else the machine does."""
+    code = (
+        "import sys, time; from peft_residual_cli import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "finally:\n"
+        "    heavy = {'torch', 'peft', 'transformers', 'peft_residual', 'trl', 'numpy', 'huggingface_hub'}\n"
+        "    assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "    assert time.process_time() <= 1\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=False)
+    assert result.returncode in (0, 2), result.stderr
+    assert words in result.stdout + result.stderr and "Traceback" not in result.stderr

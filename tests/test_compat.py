@@ -142,7 +142,7 @@ importlib.metadata.version = lambda name: versions.get(name) or real(name)
 sys.modules.update(dict.fromkeys(blocked))  # importing one raises
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    import peft_residual, peft_residual.cli
+    import peft_residual, peft_residual_cli
     import peft_residual.training
 found = [str(w.message) for w in caught if "peft_residual was not tested" in str(w.message)]
 print(json.dumps([found, peft_residual.__version__, [name for name in blocked if sys.modules[name]]]))

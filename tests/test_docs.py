@@ -26,8 +26,8 @@ from transformers import Trainer
 
 import peft_residual
 from peft_residual import ResidualPromptTuningConfig, get_prompt_tensor, register_reparameterization
-from peft_residual.cli import main
 from peft_residual.registry import INITIALIZATIONS, REPARAMETERIZATIONS
+from peft_residual_cli import main
 
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -49,7 +49,7 @@ def show(model):
     with torch.no_grad():
         print(model.eval()(**batch).logits.tolist())
 def command(*argv):
-    from peft_residual.cli import main
+    from peft_residual_cli import main
     print(main([str(arg) for arg in argv]))
 """
 

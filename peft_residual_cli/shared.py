@@ -1,4 +1,7 @@
-"""What several commands share: their result, the adapter and its base model."""
+"""What several commands share: their result, the adapter and its base model.
+
+Here and in the commands, PEFT and `peft_residual` are imported by the functions that use them: it takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -8,14 +11,11 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from ..storage.files import locate
-from ..storage.model_card import MODEL_CLASSES
-from ..storage.saved_adapter import read_adapter_config
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ def revision_of(options: Namespace) -> dict[str, str]:
 
 def folder_of(options: Namespace) -> str:
     """The folder of the adapter, for an id on the Hub the one in its cache."""
+    from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+    from peft_residual.storage.files import locate
+
     revision = revision_of(options)
     if os.path.isdir(options.adapter):
         return str(options.adapter)
@@ -62,6 +66,8 @@ def written(out: Path) -> Outcome:
 
 def load_base_and_adapter(options: Namespace) -> tuple[PeftModel, Any]:
     """The adapter on the base model of `--base`, or on the one that it names, and the tokenizer or None."""
+    from peft_residual.storage.saved_adapter import read_adapter_config
+
     folder = folder_of(options)
     name = options.base or read_adapter_config(folder).base_model_name_or_path
     if not name:
@@ -72,7 +78,11 @@ def load_base_and_adapter(options: Namespace) -> tuple[PeftModel, Any]:
 def load_model(adapter: str, name: str, **kwargs: Any) -> tuple[PeftModel, Any]:
     """The adapter on its base model, and the base model's tokenizer or None."""
     import transformers
+    from peft import PeftModel
     from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    from peft_residual.storage.model_card import MODEL_CLASSES
+    from peft_residual.storage.saved_adapter import read_adapter_config
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

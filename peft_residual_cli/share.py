@@ -6,10 +6,6 @@ import os
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-
-from ..storage.model_card import CARD_NAME, read_results, update_card
-from ..storage.validation import check_adapter
 from .shared import Outcome, Run
 
 
@@ -29,6 +25,10 @@ def card_command(parser: ArgumentParser) -> Run:
     )
 
     def run(options: Namespace) -> Outcome:
+        from peft.utils import CONFIG_NAME
+
+        from peft_residual.storage.model_card import read_results, update_card
+
         results = dict(options.metric or ()) or read_results(options.adapter)
         path = update_card(options.adapter, results=results)
         if path is None:
@@ -56,6 +56,10 @@ def push_command(parser: ArgumentParser) -> Run:
 
     def run(options: Namespace) -> Outcome:
         from huggingface_hub import create_branch, create_repo, upload_folder
+        from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+        from peft_residual.storage.model_card import CARD_NAME, update_card
+        from peft_residual.storage.validation import check_adapter
 
         if not os.path.isdir(options.adapter):
             raise ValueError(f"`{options.adapter}` is not a folder. Name the adapter's folder.")

@@ -1,5 +1,8 @@
 """The command line `peft-residual`.
 
+It is a package beside `peft_residual`, since importing that one imports PEFT, which takes seconds. So `--help`,
+`--version` and a wrong command line are answered at once. A command imports what it needs when it runs.
+
 A command is a function that adds its options to a parser and returns the function to run. Its docstring is its help.
 To add a command, write such a function and add it to `COMMANDS`.
 
@@ -17,7 +20,6 @@ from argparse import ArgumentParser
 from collections.abc import Sequence
 from importlib.metadata import version
 
-from ..compat import connection_error
 from .check import check_command, inspect_command
 from .export import export_command, merge_command
 from .share import card_command, push_command
@@ -57,12 +59,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         outcome: Outcome = options.run(options)
-    except (ValueError, OSError, ImportError, connection_error()) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError, ImportError, *_connection_errors())):
+            raise
         say(f"error: {error}".replace("`overwrite=True`", "--overwrite"))
         return 1
     text = json.dumps(outcome.values, indent=2, ensure_ascii=False) if options.json else outcome.text
     sys.stdout.write(text + "\n")
     return outcome.code
+
+
+def _connection_errors() -> tuple[type[Exception], ...]:
+    """The error of a connection to the Hub: none if the Hub's client was not even imported."""
+    if "huggingface_hub" not in sys.modules:
+        return ()
+    from peft_residual.compat import connection_error
+
+    return (connection_error(),)
 
 
 def _versions() -> str:

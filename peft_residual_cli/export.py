@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 
-from ..export import save_as_prefix_tuning, save_as_prompt_tuning, save_as_vocabulary, save_prompt_tensor
 from .shared import Outcome, Run, add_adapter_arguments, folder_of, load_base_and_adapter, say, written
 
 
@@ -22,6 +21,8 @@ def merge_command(parser: ArgumentParser) -> Run:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing adapter")
 
     def run(options: Namespace) -> Outcome:
+        from peft_residual.export import save_as_prompt_tuning
+
         return written(save_as_prompt_tuning(folder_of(options), options.save_directory, overwrite=options.overwrite))
 
     return run
@@ -62,11 +63,15 @@ def export_command(parser: ArgumentParser) -> Run:
 
 
 def _export_prefix_tuning(options: Namespace) -> Outcome:
+    from peft_residual.export import save_as_prefix_tuning
+
     model, _ = load_base_and_adapter(options)
     return written(save_as_prefix_tuning(model, options.save_directory, overwrite=options.overwrite))
 
 
 def _export_vocabulary(options: Namespace) -> Outcome:
+    from peft_residual.export import save_as_vocabulary
+
     model, tokenizer = load_base_and_adapter(options)
     if tokenizer is None:
         raise ValueError("New tokens need the base model's tokenizer. Save it in the base model's folder.")
@@ -87,6 +92,8 @@ def _export_vocabulary(options: Namespace) -> Outcome:
 
 
 def _export_tensors(options: Namespace) -> Outcome:
+    from peft_residual.export import save_prompt_tensor
+
     return written(save_prompt_tensor(folder_of(options), options.save_directory, overwrite=options.overwrite))
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from peft import PeftModel
-
-from ..analysis import inspect_prompt, plot_prompt
-from ..storage.saved_adapter import read_adapter_config
-from ..storage.validation import check_adapter
 from .shared import Outcome, Run, add_adapter_arguments, folder_of, load_model, revision_of, say
+
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def check_command(parser: ArgumentParser) -> Run:
@@ -25,6 +25,8 @@ def check_command(parser: ArgumentParser) -> Run:
     add_adapter_arguments(parser)
 
     def run(options: Namespace) -> Outcome:
+        from peft_residual.storage.validation import check_adapter
+
         report = check_adapter(options.adapter, **revision_of(options))
         return Outcome(str(report), report.to_dict(), code=0 if report.is_valid else 1)
 
@@ -49,6 +51,9 @@ def inspect_command(parser: ArgumentParser) -> Run:
     parser.add_argument("--plot", metavar="FILE", help="also save plots to a .png, .svg or .pdf file")
 
     def run(options: Namespace) -> Outcome:
+        from peft_residual.analysis import inspect_prompt, plot_prompt
+        from peft_residual.storage.saved_adapter import read_adapter_config
+
         folder, tokenizer = folder_of(options), None
         model: PeftModel | str = folder
         name = options.base or read_adapter_config(folder).base_model_name_or_path
