@@ -1,8 +1,8 @@
 """`nox` (or `make matrix`) runs the core tests with other versions of PEFT's world, and the wheel on its own.
 
 `nox -s oldest` runs one session, `nox -s oldest -- -n 2` gives pytest two processes, and `nox --force-python 3.13`
-uses another Python that is installed. A session needs nothing but a package index. `newest_released` may fail: it tells
-what is new.
+uses another Python that is installed. A session needs nothing but a package index. `newest_released` may fail: it
+tells what is new.
 """
 
 import re

@@ -31,6 +31,7 @@ TREES = {
 AT_IMPORT = {"peft", "safetensors", "torch", *sys.stdlib_module_names}  # by the command line, the last ones only
 # Base classes of transformers, whose modules load in 20 ms after PEFT
 ALSO_AT_IMPORT = {
+    "analysis/callback.py": {"transformers"},
     "training/checks.py": {"transformers"},
     "compat.py": {"transformers"},
     "__main__.py": {"peft_residual_cli"},

@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers.trainer_callback import TrainerCallback
 
 from ..storage.sharded import is_sharded
 from ..word_embeddings import vocabulary_sample
@@ -78,6 +77,8 @@ class PromptReportCallback(TrainerCallback):
         self.trainer.log(logs)
         if self.tokenizer is None or not state.is_world_process_zero:
             return
+        from tqdm.auto import tqdm
+
         found = nearest_tokens(model, self.tokenizer, self.k)["projected"]["cosine"].tokens[: self.tokens]
         words = [" ".join(of_token) for of_token in found]
         state.log_history[-1]["prompt_nearest"] = words
