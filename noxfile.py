@@ -26,7 +26,7 @@ TOOLS = [
 # Not core: they need trl, scikit-learn, bitsandbytes or DeepSpeed, or test documents, examples and learning.
 NOT_CORE = (
     *("distributed", "docs", "embedded", "examples", "learning", "operations", "precision", "readme", "real_learning"),
-    *("reproduce", "text_to_text", "text_to_text_training", "trl"),
+    *("reproduce", "text_to_text", "text_to_text_training", "train", "trl"),
 )
 
 

@@ -24,9 +24,12 @@ from .check import check_command, inspect_command
 from .export import export_command, merge_command
 from .share import card_command, push_command
 from .shared import Command, Outcome, say
+from .train import init_command, train_command
 
 
 COMMANDS: dict[str, Command] = {
+    "init": init_command,
+    "train": train_command,
     "inspect": inspect_command,
     "merge": merge_command,
     "export": export_command,
@@ -46,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         `int`: The exit code. A wrong command line and `--help` end the process instead, as argparse does.
     """
     parser = ArgumentParser(
-        "peft-residual", description="Inspect, export, check and share residual prompt tuning adapters."
+        "peft-residual", description="Train, inspect, export, check and share residual prompt tuning adapters."
     )
     parser.add_argument("--version", action="version", version=_versions())
     subparsers = parser.add_subparsers(required=True, metavar="command")
@@ -56,7 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         subparser = subparsers.add_parser(name, help=text.partition("\n")[0], description=text, formatter_class=raw)
         subparser.set_defaults(run=command(subparser))
         subparser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    own = 1 if words[:1] == ["train"] else len(words)  # of `train`, TRL's parser reads the rest
+    options = parser.parse_args(words[:own])
+    options.flags = words[own:]
     try:
         outcome: Outcome = options.run(options)
     except Exception as error:

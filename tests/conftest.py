@@ -33,6 +33,7 @@ SLOW = (
     "test_hub",
     "test_precision",
     "test_text_to_text_training",
+    "test_train",
     "test_vocabulary",
     "test_atomic",
     "test_register",
@@ -225,6 +226,26 @@ def base_folder(tokenizer, tmp_path_factory):
     tiny_t5().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] + ' : ' + message['content'] + ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant : ' }}{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tokenizer_folder, tmp_path_factory):
+    """A saved Llama with a tokenizer that has a chat template."""
+    from transformers import AutoTokenizer
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("chat")
+    tiny_llama().save_pretrained(folder)
+    chat_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    chat_tokenizer.chat_template = CHAT_TEMPLATE
+    chat_tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 # --- configs and encoders -------------------------------------------------------------------------------------

@@ -220,6 +220,8 @@ def test_a_wrong_command_line_returns_2_and_the_usage(argv, capsys):
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_help_of_every_command_has_worked_examples(name, capsys):
+    if name == "train":
+        pytest.importorskip("trl")  # its parser prints the help
     with pytest.raises(SystemExit) as error:
         main([name, "--help"])
     text = capsys.readouterr().out
