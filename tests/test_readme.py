@@ -79,7 +79,7 @@ def test_files_that_name_the_projects_home_or_version_name_the_same():
 
 def test_the_workflow_runs_the_sessions_and_targets_that_there_are():
     workflow = (ROOT / ".github" / "workflows" / "ci.yml").read_text()
-    sessions = re.findall(r"^@nox\.session\ndef (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
+    sessions = re.findall(r"^@nox\.session\n(?:@.*\n)*def (\w+)", (ROOT / "noxfile.py").read_text(), re.MULTILINE)
     assert re.search(r"session: \[(.+)\]", workflow)[1].split(", ") == sessions
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {"quality", "test", "build"} <= set(re.findall(r"run: make (\w+)", workflow)) <= set(targets)
