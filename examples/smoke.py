@@ -82,6 +82,22 @@ def tiny_llama(folder: Path) -> str:
     return str(folder)
 
 
+def tiny_chat_llama(folder: Path) -> str:
+    """Save a Llama whose tokenizer has a chat template, and return the folder."""
+    tiny_llama(folder)
+    turn = "{{ message['role'] + ' : ' + message['content'] + ' [SEP] ' }}"
+    template = f"{{% for message in messages %}}{turn}{{% endfor %}}"
+    _tokenizer(
+        folder, eos_token="[SEP]", chat_template=template + "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    return str(folder)
+
+
+def embedded_t5(folder: Path) -> str:
+    """Return the folder of the embedded model."""
+    return str(Path(__file__).parent / "embedded" / "model")
+
+
 def _splits(make_row, features: Features) -> DatasetDict:
     rng = random.Random(0)
     sizes = {"train": 64, "validation": 32, "test": 32}
@@ -127,6 +143,30 @@ def named_entities() -> DatasetDict:
     return _splits(row, Features({"tokens": List(Value("string")), "ner_tags": List(ClassLabel(names=names))}))
 
 
+def questions() -> DatasetDict:
+    """Rows with a prompt and a completion."""
+
+    def row(rng: random.Random) -> dict:
+        good = rng.randrange(2)
+        return {"prompt": f"the food was {['bad', 'good'][good]}", "completion": ["rain", "sun"][good]}
+
+    return _splits(row, Features({"prompt": Value("string"), "completion": Value("string")}))
+
+
+def chats() -> DatasetDict:
+    """Conversations of one or two turns."""
+
+    def turn(rng: random.Random) -> list[dict]:
+        topic = rng.choice(list(TOPICS))
+        question = {"role": "user", "content": f"a new {rng.choice(TOPICS[topic])} Topic :"}
+        return [question, {"role": "assistant", "content": topic}]
+
+    message = {"role": Value("string"), "content": Value("string")}
+    return _splits(
+        lambda rng: {"messages": turn(rng) + turn(rng) * rng.randrange(2)}, Features({"messages": List(message)})
+    )
+
+
 def system_prompt(folder: Path) -> list[str]:
     """Save a text to compress, and return the options to use it."""
     (folder / "system.txt").write_text("the film was great the game was fun " * 3)
@@ -139,6 +179,8 @@ SCRIPTS = {
     "token_classification.py": (tiny_bert, named_entities, []),
     "causal_lm.py": (tiny_llama, news, []),
     "sft.py": (tiny_llama, news, []),
+    "finetune.py": (tiny_chat_llama, chats, ["--instruction", "the new Topic :", "--max_new_tokens", "4"]),
+    "finetune_seq2seq.py": (embedded_t5, questions, ["--instruction", "the food was", "--max_new_tokens", "4"]),
     "compress_prompt.py": (tiny_llama, reviews, system_prompt),
 }
 
@@ -147,10 +189,13 @@ def options(script: str, folder: Path) -> list[str]:
     """Save a tiny model and a few rows for a script to a folder, and return the options to use them."""
     save_model, make_rows, more = SCRIPTS[script]
     model = save_model(folder / "model")
+    data, own_rows = folder / "data", script.startswith("finetune")
     for split, rows in make_rows().items():
-        rows.to_parquet(folder / "data" / f"{split}.parquet")
+        rows.to_json(data / f"{split}.jsonl") if own_rows else rows.to_parquet(data / f"{split}.parquet")
+    names = {"--train_file": data / "train.jsonl", "--validation_file": data / "validation.jsonl"}
+    files = [str(word) for item in names.items() for word in item] if own_rows else ["--dataset", str(data)]
     more = more(folder) if callable(more) else more
-    return ["--model", model, "--dataset", str(folder / "data"), "--max_steps", "4", "--batch_size", "8", *more]
+    return ["--model", model, *files, "--max_steps", "4", "--batch_size", "8", *more]
 
 
 def main() -> None:

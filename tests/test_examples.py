@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -29,7 +30,15 @@ from peft_residual.registry import REPARAMETERIZATIONS
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
 # To be copied into other projects: real models and data, and no import from this repository but the package.
-COPIED = ["sequence_classification.py", "token_classification.py", "causal_lm.py", "sft.py", "compress_prompt.py"]
+COPIED = [
+    "sequence_classification.py",
+    "token_classification.py",
+    "causal_lm.py",
+    "sft.py",
+    "finetune.py",
+    "finetune_seq2seq.py",
+    "compress_prompt.py",
+]
 SCRIPTS = [
     *COPIED,
     "by_feature/base.py",
@@ -57,6 +66,14 @@ def examples_importable():
                     del sys.modules[name]
 
 
+def smoke_options(script, folder):
+    """The options with which `smoke.py` runs a script."""
+    with examples_importable():
+        import smoke
+
+        return smoke.options(script, folder)
+
+
 def run(script, *args):
     """Run a script as `python script args` does, in this process, which has imported the libraries; what it prints.
 
@@ -65,9 +82,7 @@ def run(script, *args):
     printed = io.StringIO()
     with examples_importable(), pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         if script in COPIED and args[0] == "--smoke":
-            import smoke
-
-            args = *smoke.options(script, args[args.index("--output_dir") + 1].parent), *args[1:]
+            args = *smoke_options(script, args[args.index("--output_dir") + 1].parent), *args[1:]
         patch.setattr(sys, "argv", [script, *map(str, args)])
         runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     return printed.getvalue()
@@ -147,7 +162,8 @@ def test_smoke_runs_a_script(tmp_path):
 
 def test_an_output_folder_is_never_replaced_by_a_script_to_copy(tmp_path):
     for script in COPIED:
-        assert "exists. Choose another folder" in refuses(script, "--output_dir", tmp_path)
+        needed = ["--train_file", "rows.jsonl", "--instruction", "a"] if script.startswith("finetune") else []
+        assert "exists. Choose another folder" in refuses(script, "--output_dir", tmp_path, *needed)
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "common.py", "smoke.py", "demo.py"])
@@ -175,6 +191,30 @@ def test_sft_trainer_and_trainer_do_the_same(smoke):
     losses = eval_losses(smoke("sft.py")[0])
     assert losses == pytest.approx(eval_losses(smoke("causal_lm.py")[0]), rel=1e-5)
     assert len(losses) == 4 and losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("script", ["finetune.py", "finetune_seq2seq.py"])
+def test_own_rows_are_learned_answered_and_resumed(script, smoke):
+    out, printed = smoke(script)
+    losses = eval_losses(out)
+    before, after = map(float, re.search(r"loss: ([\d.]+) with the instruction, ([\d.]+) after", printed).groups())
+    assert before > after == pytest.approx(min(losses), abs=1e-4)
+    assert re.search(r"generated answers equal to the row's: [\d.]+%; the first: '", printed)
+    assert "first answer after reloading: ['" in printed and "peft-residual export vocabulary" in printed
+    options = smoke_options(script, out.parent)
+    again = run(script, *options, "--output_dir", out, "--max_steps", "6", "--resume")
+    assert float(re.search(r"([\d.]+) after training", again)[1]) <= after + 1e-4
+
+
+def test_each_turn_of_an_assistant_is_a_row_that_ends_with_it():
+    with examples_importable():
+        from finetune import turns
+    messages = [{"role": role, "content": role} for role in ("system", "user", "assistant", "user", "assistant")]
+    rows = list(turns([{"messages": messages}, {"prompt": "a", "completion": "b"}]))
+    assert [len(row["prompt"]) for row in rows] == [2, 4, 1]
+    assert all(row["completion"][0]["role"] == "assistant" for row in rows)
+    with pytest.raises(SystemExit, match=r"Change as_messages\(\)"):
+        list(turns([{"text": "a"}]))
 
 
 def test_a_word_has_its_tag_at_its_first_piece():
