@@ -19,7 +19,7 @@ import torch
 from datasets import Dataset, load_dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig, SFTTrainer
 
 from peft_residual import (
@@ -129,6 +129,7 @@ def main() -> None:
         prompt_tuning_init_text=args.instruction,
         num_virtual_tokens=None,  # as many as the instruction has
         tokenizer_name_or_path=args.model,
+        prompt_tuning_init_seed=args.seed,
         encoder_scale=None,
         encoder_norm_first=True,
         encoder_zero_init=True,
@@ -152,7 +153,6 @@ def main() -> None:
         max_length=max_length,
         bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(),  # TRL turns it on by default, even on a CPU
     )
-    set_seed(args.seed)  # of the network, which is built before the Trainer sets its seed
     trainer = SFTTrainer(
         base,
         training_args,

@@ -23,7 +23,6 @@ from transformers import (
     DataCollatorForSeq2Seq,
     Trainer,
     TrainingArguments,
-    set_seed,
 )
 
 from peft_residual import (
@@ -107,12 +106,12 @@ def main() -> None:
         prompt_tuning_init_text=args.instruction,
         num_virtual_tokens=None,  # as many as the instruction has
         tokenizer_name_or_path=args.model,
+        prompt_tuning_init_seed=args.seed,
         encoder_scale=None,
         encoder_norm_first=True,
         encoder_zero_init=True,
         encoder_hidden_size=128,
     )
-    set_seed(args.seed)
     model = get_peft_model(base, config)
     disable_base_dropout(model)
     model.print_trainable_parameters()

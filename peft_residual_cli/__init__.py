@@ -6,7 +6,7 @@ It is a package beside `peft_residual`, since importing that one imports PEFT, w
 A command is a function that adds its options to a parser and returns the function to run. Its docstring is its help.
 To add a command, write such a function and add it to `COMMANDS`.
 
-Exit codes: 0 for success, 1 for an adapter that is not valid or an error, 2 for a wrong command line.
+Exit codes: 0 for success, 1 for an adapter that is not valid or an error, 2 for a wrong command line, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -65,8 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.flags = words[own:]
     try:
         outcome: Outcome = options.run(options)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
     except Exception as error:
-        if not isinstance(error, (ValueError, OSError, ImportError, *_connection_errors())):
+        known = isinstance(error, (ValueError, OSError, ImportError))
+        if not known and not isinstance(error, _connection_errors()):  # the second question imports the package
             raise
         say(f"error: {error}".replace("`overwrite=True`", "--overwrite"))
         return 1

@@ -63,13 +63,13 @@ class Plan:
         prompt, network = recommended_learning_rates(self.config)
         rate = options.learning_rate or prompt
         start = "the instruction" if options.prompt_tuning_init_text else "common tokens"
-        rows = f"{len(data.train):,} to train, {len(data.validation):,} to validate, {data.left_out:,} left out"
+        answers = f"{len(data.train):,} to train on, {len(data.validation):,} to validate on"
         return "\n".join(
             [
                 f"model      {options.model_name_or_path}: {sizes['parameters']:,} parameters, frozen",
                 f"prompt     {self.config.num_virtual_tokens} virtual tokens that start from {start}, "
                 f"{sizes['trainable']:,} trained parameters",
-                f"rows       {rows}",
+                f"answers    {answers}, {data.left_out:,} lines left out",
                 f"tokens     {min(lengths)} to {max(lengths)} a row, {sum(lengths) / len(lengths):.0f} on average; "
                 f"at most {self.max_length}",
                 f"steps      {self.steps:,} of {self.arguments.per_device_train_batch_size} rows, "

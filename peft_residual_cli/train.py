@@ -80,7 +80,7 @@ def train(options: Namespace) -> Outcome:
 
 def _run(plan: Plan, flags: str) -> Outcome:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
+    from transformers import AutoModelForCausalLM, TrainerCallback
     from trl.trainer.sft_trainer import SFTTrainer
 
     from peft_residual import (
@@ -110,7 +110,6 @@ def _run(plan: Plan, flags: str) -> Outcome:
     rates = {"learning_rate": options.learning_rate, "encoder_learning_rate": options.encoder_learning_rate}
     optimizer: Any = (ResidualOptimizerFactory, rates)
     interrupt = StopOnInterrupt()
-    set_seed(plan.arguments.seed)  # of the network: the Trainer does it after it is built
     trainer: Any = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(options.model_name_or_path, dtype=options.dtype, trust_remote_code=False),
         plan.arguments,

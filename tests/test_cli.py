@@ -238,6 +238,14 @@ def test_the_examples_of_the_help_are_right_command_lines(name, capsys):
         assert "usage" not in capsys.readouterr().err
 
 
+def test_ctrl_c_is_answered_without_a_traceback(run, monkeypatch):
+    def interrupted(options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(COMMANDS, "check", lambda parser: parser.add_argument("adapter") and interrupted)
+    assert run("check", "adapter") == (130, "", "peft-residual: interrupted\n")
+
+
 def test_the_command_runs_as_a_process(adapter, tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "peft_residual", "check", str(adapter), "--json"]
     good = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -26,6 +26,7 @@ from peft_residual_cli.options import TRAINER_DEFAULTS, TrainOptions, template
 from peft_residual_cli.rows import read_rows
 
 
+ROOT = Path(__file__).resolve().parents[1]
 TEXT = "this film is good or bad"
 CHAT = [
     {"messages": [{"role": "user", "content": "this film is"}, {"role": "assistant", "content": answer}]}
@@ -68,15 +69,18 @@ def run(capsys):
 
 
 def test_three_commands_lead_from_rows_to_an_adapter_that_is_trained_merged_and_reloaded(run, folder, chat_folder):
-    write_rows("train.jsonl", CHAT)
-    settings = ["--model_name_or_path", chat_folder, "--train_file", "train.jsonl", "--output_dir", "output", "--json"]
-    settings += ["--prompt_tuning_init_text", TEXT, "--num_train_epochs", "4", "--use_cpu", "--disable_tqdm", "True"]
-    code, out, _ = run("train", *settings)
+    page = (ROOT / "docs" / "train.md").read_text()
+    pip, train, inspect = map(shlex.split, page.partition("```bash\n")[2].partition("```")[0].splitlines())
+    assert pip == ["pip", "install", "peft-residual[train]"]
+    write_rows("rows.jsonl", CHAT)
+    train[train.index("--model_name_or_path") + 1] = chat_folder
+    train[train.index("--prompt_tuning_init_text") + 1] = TEXT
+    code, out, _ = run(*train[1:], "--json", "--num_train_epochs", "4", "--use_cpu", "--disable_tqdm", "True")
     trained = json.loads(out)
     assert code == 0 and trained["step"] == 12  # 24 rows, of which 2 validate, 8 at a time
-    assert run("check", trained["merged"])[0] == 0
-    code, out, _ = run("inspect", trained["merged"], "--json")  # puts it on the model
-    assert code == 0 and "nearest" in json.loads(out)
+    code, out, _ = run(*inspect[1:], "--json")  # puts the merged adapter on the model
+    assert code == 0 and len(json.loads(out)["nearest"]["projected"]["cosine"]["tokens"]) == 6
+    assert run("check", trained["merged"])[0] == run("check", trained["adapter"])[0] == 0
 
     prompts = [load_file(f"{trained[name]}/adapter_model.safetensors") for name in ("adapter", "merged")]
     assert torch.equal(prompts[0]["prompt_embeddings"], prompts[1]["prompt_embeddings"])
@@ -138,7 +142,9 @@ def test_flags_take_precedence_and_a_dry_run_says_what_would_happen(run, folder,
     base = AutoModelForCausalLM.from_pretrained(chat_folder)
     assert f"{sum(p.numel() for p in base.parameters()):,} parameters, frozen" in out
     assert "6 virtual tokens that start from the instruction" in out
-    assert "22 to train, 2 to validate, 0 left out" in out and "10 to 10 a row" in out and "at most 58" in out
+    assert (
+        "22 to train on, 2 to validate on, 0 lines left out" in out and "10 to 10 a row" in out and "at most 58" in out
+    )
     assert "steps      6 of 8 rows" in out and "0.1 for the prompt, 0.00266667 for its network" in out
     values = json.loads(run("train", "train.yaml", "--dry-run", "--json")[1])
     assert values["steps"] == 15 and values["longest"] == 10 and values["num_virtual_tokens"] == 6
@@ -161,6 +167,18 @@ def test_long_rows_can_be_left_out_and_texts_need_no_template(run, folder, chat_
     more = ["--chat_template_path", "chat.jinja", "--output_dir", "other"]
     values = json.loads(run("train", "train.yaml", "--dry-run", "--json", *more)[1])
     assert values["longest"] == 10
+
+
+def test_the_seed_decides_whatever_ran_before(run, folder, chat_folder):
+    write_rows("train.jsonl", CHAT)
+    write_config("train.yaml", chat_folder, max_steps=1)
+    found = []
+    for name, seed in (("one", 1), ("again", 1), ("other", 2)):
+        assert run("train", "train.yaml", "--output_dir", name, "--seed", seed)[0] == 0
+        found.append(
+            load_file(f"{name}/adapter/adapter_model.safetensors")["residual_prompt_tuning.network.down.weight"]
+        )
+    assert torch.equal(found[0], found[1]) and not torch.equal(found[0], found[2])
 
 
 # --- interrupted -----------------------------------------------------------------------------------------------------
