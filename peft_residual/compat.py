@@ -243,17 +243,13 @@ def has_sliding_layers(cache: Any, base_model: Any) -> bool:
     return bool(getattr(base_model.config.get_text_config(), "sliding_window", None))
 
 
-def can_precompute_prompt(base_model: Any) -> bool:
-    """Whether a causal model computes a text after the prompt's keys and values as it does after the prompt.
+def is_wrong_with_a_filled_cache(base_model: Any) -> bool:
+    """Whether a text behind a filled cache is computed wrongly: Doge, and PaliGemma, whose prompt reads the text.
 
-    PaliGemma's prompt reads the text, and Doge is wrong with a filled cache. The model types can go when 5.18 is the
-    oldest transformers: PaliGemma's config tells from 5.0 on, and Doge is right.
+    Can go when 5.18 is the oldest transformers: PaliGemma's config tells from 5.0 on, and Doge is right.
     """
-    config = base_model.config
-    text_config = getattr(config, "get_text_config", lambda: config)()
-    reads_ahead = bool(getattr(text_config, "use_bidirectional_attention", False))
     is_old = _release(version("transformers")) < (5, 18)
-    return not reads_ahead and not (is_old and getattr(config, "model_type", None) in ("doge", "paligemma"))
+    return is_old and getattr(base_model.config, "model_type", None) in ("doge", "paligemma")
 
 
 # --- transformers: loading ------------------------------------------------------------------------------------------

@@ -96,8 +96,7 @@ def make_plan(command: CommandLine) -> Plan:
     validation = read_rows(options.validation_file, "validation_file") if options.validation_file else []
     if not 0 <= options.validation_share < 1:
         raise ValueError(f"`validation_share` must be at least 0 and below 1, got {options.validation_share}.")
-
-    if not (options.validation_file or options.validation_share * len(train) < len(train) > 1):
+    if not options.validation_file and options.validation_share and len(train) < 2:
         raise ValueError(
             f"`train_file`: `{options.train_file}` has one row, so none is left to validate on. Set "
             "`validation_share: 0`, or give a `validation_file`."
@@ -229,11 +228,8 @@ def _sizes(
     dtype = getattr(model_config, "dtype", None) if options.dtype == "auto" else getattr(torch, options.dtype)
     # A checkpoint has the weights, Adam's two moments and the tokenizer. One more than is kept is written.
     checkpoint = 3 * 4 * trainable + 128 * len(tokenizer)
-    existing = next(
-        path
-        for path in (Path(options.output_dir).absolute(), *Path(options.output_dir).absolute().parents)
-        if path.exists()
-    )
+    folder = Path(options.output_dir).absolute()
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
     sizes = {
         "parameters": parameters,
         "trainable": trainable,

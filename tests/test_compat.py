@@ -109,7 +109,7 @@ def test_a_prompt_is_computed_with_its_text_where_an_older_transformers_is_not_e
     base = SimpleNamespace(config=SimpleNamespace(model_type=model_type))  # which tells no more before 5.0
     for number, is_exact in (("4.57.6", False), ("5.10.4", False), ("5.18.0", True)):
         monkeypatch.setattr(compat, "version", lambda name, number=number: number)
-        assert compat.can_precompute_prompt(base) is is_exact
+        assert compat.is_wrong_with_a_filled_cache(base) is not is_exact
 
 
 @pytest.mark.parametrize("is_broken", [False, True])

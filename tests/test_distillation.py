@@ -86,6 +86,13 @@ def test_training_brings_the_student_to_the_teacher_and_changes_nothing_else(mod
     assert changed and all(".short." in name for name in changed)
 
 
+def test_modules_keep_their_own_modes(model):
+    model.train()
+    model.base_model.eval()
+    distillation_loss(model, make_inputs("right"), teacher="long", student="short")
+    assert model.training and not model.base_model.training and model.prompt_encoder["short"].training
+
+
 def test_rows_without_labels_are_refused(model):
     inputs = make_inputs("right")
     inputs["labels"][:] = -100

@@ -169,6 +169,13 @@ def test_long_rows_can_be_left_out_and_texts_need_no_template(run, folder, chat_
     assert values["longest"] == 10
 
 
+def test_one_row_is_enough_without_validation(run, folder, chat_folder):
+    write_rows("train.jsonl", CHAT[:1])
+    write_config("train.yaml", chat_folder, validation_share=0)
+    values = json.loads(run("train", "train.yaml", "--dry-run", "--json")[1])
+    assert values["rows"] >= 1 and values["validation_rows"] == 0
+
+
 def test_the_seed_decides_whatever_ran_before(run, folder, chat_folder):
     write_rows("train.jsonl", CHAT)
     write_config("train.yaml", chat_folder, max_steps=1)

@@ -11,7 +11,7 @@ from transformers.trainer_callback import TrainerCallback
 
 from ..storage.sharded import is_sharded
 from ..word_embeddings import vocabulary_sample
-from .nearest import check_k, nearest_tokens, prompts_of
+from .nearest import check_k, nearest_rows, prompts_of
 from .report import network_share
 
 
@@ -79,7 +79,8 @@ class PromptReportCallback(TrainerCallback):
             return
         from tqdm.auto import tqdm
 
-        found = nearest_tokens(model, self.tokenizer, self.k)["projected"]["cosine"].tokens[: self.tokens]
-        words = [" ".join(of_token) for of_token in found]
+        first, table = {"projected": projected[: self.tokens]}, model.word_embeddings
+        found = nearest_rows(first, table, self.tokenizer, self.k, ("cosine",))["projected"]["cosine"]
+        words = [" ".join(of_token) for of_token in found.tokens]
         state.log_history[-1]["prompt_nearest"] = words
         tqdm.write("nearest to the first virtual tokens: " + " | ".join(words))

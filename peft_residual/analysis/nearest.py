@@ -68,17 +68,25 @@ def nearest_tokens(
     check_k(k)
     _, _, projected, embedding = prompts_of(model, adapter_name)
     prompts = {"projected": projected, **({} if embedding is None else {"embedding": embedding})}
-    table: Any = model.word_embeddings
+    return nearest_rows(prompts, model.word_embeddings, tokenizer, k)
+
+
+def nearest_rows(
+    prompts: dict[str, Tensor], table: Any, tokenizer: Any, k: int, metrics: tuple[str, ...] = METRICS
+) -> dict[str, dict[str, NearestTokens]]:
+    """As [`nearest_tokens`], for any prompts `[P, H]` by name, and some of the metrics."""
     vocabulary = vocabulary_of(table, tokenizer)
-    nearness: dict[tuple[str, str], list[Tensor]] = {(p, metric): [] for p in prompts for metric in METRICS}
+    nearness: dict[tuple[str, str], list[Tensor]] = {(p, metric): [] for p in prompts for metric in metrics}
     for part in in_parts(vocabulary):
         rows = look_up(table, part)
         unit = nn.functional.normalize(rows, dim=1)
         for name, prompt in prompts.items():
-            nearness[name, "cosine"].append(nn.functional.normalize(prompt, dim=1) @ unit.T)
-            # Not computed from a matrix product, which is inaccurate for tokens near a row.
-            distances = torch.cdist(prompt, rows, compute_mode="donot_use_mm_for_euclid_dist")
-            nearness[name, "euclidean"].append(-distances)
+            if "cosine" in metrics:
+                nearness[name, "cosine"].append(nn.functional.normalize(prompt, dim=1) @ unit.T)
+            if "euclidean" in metrics:
+                # Not computed from a matrix product, which is inaccurate for tokens near a row.
+                distances = torch.cdist(prompt, rows, compute_mode="donot_use_mm_for_euclid_dist")
+                nearness[name, "euclidean"].append(-distances)
     found: dict[str, dict[str, NearestTokens]] = {name: {} for name in prompts}
     for (name, metric), parts in nearness.items():
         values, ids = torch.cat(parts, dim=1).topk(min(k, len(vocabulary)))

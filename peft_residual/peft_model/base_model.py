@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ..compat import cache_name
+from ..compat import cache_name, is_wrong_with_a_filled_cache
 from ..config import ResidualPromptTuningConfig
 from ..storage.sharded import is_sharded
 
@@ -19,6 +21,7 @@ SWITCH = "PEFT_RESIDUAL_CHECK_BASE_MODEL"
 TOLERANCE = 0.01  # of the largest output; without another reason than the ids, outputs are equal
 
 _checked: WeakSet[nn.Module] = WeakSet()
+_first_positions: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
 
 
 def special_ids(base_model: Any) -> set[int]:
@@ -53,18 +56,44 @@ def accepts(base_model: Any, name: str) -> bool:
     return name in inspect.signature(type(base_model).forward).parameters
 
 
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in eval mode, and each of its modules back into its own mode afterwards."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
 def first_position(base_model: Any) -> int:
     """The number of a text's first position: 0, but in models that count from their padding id (Kosmos) the next."""
+    if torch.compiler.is_compiling():  # a constant of the graph
+        return _find_first_position(base_model)
+    if base_model not in _first_positions:
+        _first_positions[base_model] = _find_first_position(base_model)
+    return _first_positions[base_model]
+
+
+def _find_first_position(base_model: Any) -> int:
     for module in base_model.modules():
         if hasattr(module, "create_position_ids_from_input_ids"):
-            return module.padding_idx + 1
+            return int(module.padding_idx) + 1
     return 0
 
 
 def continues_from_cache(base_model: Any) -> bool:
-    """Whether the base model can read a text behind a filled cache. ProphetNet reads one token at a time there."""
-    model_type = getattr(getattr(base_model, "config", None), "model_type", None)
-    return accepts(base_model, cache_name()) and model_type != "prophetnet"
+    """Whether the base model computes a text behind a filled cache as behind the prompt that the cache is of.
+
+    ProphetNet reads one token at a time there, and PaliGemma's prompt reads the text.
+    """
+    if not accepts(base_model, cache_name()) or base_model.config.model_type == "prophetnet":
+        return False
+    text_config = getattr(base_model.config, "get_text_config", lambda: base_model.config)()
+    reads_ahead = getattr(text_config, "use_bidirectional_attention", False)
+    return not reads_ahead and not is_wrong_with_a_filled_cache(base_model)
 
 
 def refuse_images_by_position(base_model: Any, inputs: dict[str, Any]) -> None:
@@ -118,14 +147,8 @@ def check_reads_embeddings(base_model: Any, task_type: str | None = None) -> Non
     if isinstance(eos, int) and 0 <= eos < rows and eos != embeddings.padding_idx:
         ids.append(eos)  # BART's heads look for it
     words = torch.tensor([ids], device=embeddings.weight.device)
-    modes = [(module, module.training) for module in base_model.modules()]
-    base_model.eval()
-    try:
-        with torch.no_grad():
-            problem = _difference(_reader(base_model, task_type), words, embeddings(words))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with torch.no_grad(), in_eval_mode(base_model):
+        problem = _difference(_reader(base_model, task_type), words, embeddings(words))
     if problem is not None:
         raise ValueError(
             f"{type(base_model).__name__} reads the ids of its input for more than their embeddings: run on "

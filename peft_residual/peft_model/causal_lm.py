@@ -9,7 +9,7 @@ import peft
 import torch
 from torch import Tensor
 
-from ..compat import cache_name, can_precompute_prompt, generates_from_a_filled_cache, has_sliding_layers
+from ..compat import cache_name, generates_from_a_filled_cache, has_sliding_layers
 from .base import ResidualPeftModel
 from .base_model import accepts, continues_from_cache
 from .generation import (
@@ -109,7 +109,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
             return None
         if inputs.get(cache_name()) is not None or inputs.get("position_ids") is not None:
             return None
-        if not can_precompute_prompt(self.base_model) or not continues_from_cache(self.base_model):
+        if not continues_from_cache(self.base_model):
             return None
         embeds = self.word_embeddings(inputs["input_ids"]) if embeds is None else embeds
         cache = self._prompt_cache.for_batch(self.base_model, prompt.embeds[0], embeds.shape[0])

@@ -104,10 +104,13 @@ def _add_adapter(original: Any, model: Any, adapter_name: str, peft_config: Any,
         model.peft_type = peft_config.peft_type
     original(model, adapter_name, peft_config, *args, **kwargs)
     if is_residual:
-        for name, config in model.peft_config.items():
-            if config is peft_config and name != adapter_name:  # a copy, for which TRL copies weights but no buffers
-                for buffer_name, buffer in model.prompt_encoder[adapter_name].named_buffers():
-                    buffer.copy_(model.prompt_encoder[name].get_buffer(buffer_name))
+        # Of an adapter with the very same config, TRL's DPO makes a copy: of its weights, but not of buffers.
+        source = next(
+            (n for n, config in model.peft_config.items() if config is peft_config and n != adapter_name), None
+        )
+        if source is not None:
+            for name, buffer in model.prompt_encoder[adapter_name].named_buffers():
+                buffer.copy_(model.prompt_encoder[source].get_buffer(name))
         model.freeze_inactive_prompts()
         watch_learning_rate(model.prompt_encoder[adapter_name])
 

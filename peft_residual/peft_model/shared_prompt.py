@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compat import cache_name, can_precompute_prompt, keys_and_values, takes_cache_objects
+from ..compat import cache_name, keys_and_values, takes_cache_objects
 from ..storage.sharded import is_sharded
 from .base_model import accepts, continues_from_cache
 from .checkpointing import RepeatableLayer, checkpointed_layers, with_cache
@@ -88,8 +88,6 @@ def can_share(base_model: Any, prompt: BatchPrompt, inputs: Inputs) -> bool:
     )
     is_stateful = getattr(base_model, "_is_stateful", False)
     if has_windows or is_stateful or getattr(config, "output_router_logits", False):
-        return False
-    if not can_precompute_prompt(base_model):
         return False
     mask = inputs.get("attention_mask")
     if mask is not None and not accepts(base_model, "position_ids") and not mask[:, 0].all():

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..peft_model.base_model import accepts
+from ..peft_model.base_model import accepts, in_eval_mode
 from ..peft_model.causal_lm import PeftModelForCausalLM
 from ..peft_model.inputs import positions_in
 
@@ -23,8 +23,8 @@ def distillation_loss(
     """Mean Kullback-Leibler divergence of one adapter's predictions from another's, in nats per token.
 
     Both are adapters of one model, and read the same text after their own prompts. The teacher runs in eval mode and
-    without gradients, with the [prompt cache][~PeftModelForCausalLM.enable_prompt_cache] if it is on. Afterwards the
-    student is the active adapter.
+    without gradients, with the [prompt cache][~PeftModelForCausalLM.enable_prompt_cache] if it is on. Afterwards a
+    named student is the active adapter.
 
     Args:
         model (`PeftModelForCausalLM`): With a residual adapter that is active.
@@ -42,11 +42,8 @@ def distillation_loss(
     if not predicts.any():
         raise ValueError("`labels` has no label behind the first token of a row, so there is nothing to compare.")
     texts = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), in_eval_mode(model):
         wanted = _log_probabilities(model, teacher, texts, predicts)
-    model.train(was_training)
     found = _log_probabilities(model, student, texts, predicts)
     return nn.functional.kl_div(found, wanted, log_target=True, reduction="batchmean")
 
