@@ -20,7 +20,7 @@ from peft_residual.peft_model.base_model import SWITCH, check_reads_embeddings
 FAMILIES = {
     "causal": (
         "llama gpt2 opt bloom mistral gemma2 gemma3_text qwen3_moe mixtral mamba mamba2 falcon_h1 jamba lfm2 bamba "
-        "nemotron_h gpt_bigcode doge ctrl openai-gpt xlnet gemma3 prophetnet deepseek_v3 rwkv bert"
+        "nemotron_h gpt_bigcode doge ctrl openai-gpt bert-generation xlnet gemma3 prophetnet deepseek_v3 rwkv bert"
     ).split(),
     "image-text": "llava qwen2_5_vl mllama paligemma kosmos-2.5 t5gemma2".split(),
     "encoder-decoder": "t5 bart led pegasus prophetnet umt5 fsmt qwen2_audio".split(),
@@ -100,6 +100,13 @@ def test_a_task_type_for_another_kind_of_model_is_refused(group, kind, other, tm
     get_peft_model(zoo.build(kind, names[kind]), config()).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=error):
         PeftModel.from_pretrained(zoo.build(other, names[other]), tmp_path)
+
+
+def test_an_encoder_decoder_model_without_a_head_takes_a_prompt():
+    """Its decoder gets ids of its own; heads for classification make them of those of the text, and are refused."""
+    names = dict(zoo.members("base"))
+    for kind in ("bart", "led", "t5"):
+        get_peft_model(zoo.build(kind, names[kind]), ResidualPromptTuningConfig(task_type="FEATURE_EXTRACTION"))
 
 
 # --- models that read ids

@@ -4,13 +4,19 @@ import copy
 
 import pytest
 import torch
+import zoo
 from conftest import make_config, sharpen, tiny_gpt2, tiny_llama
 from peft import get_peft_model
 
 from peft_residual.training import distillation_loss
 
 
-@pytest.fixture(params=[tiny_llama, tiny_gpt2])
+def tiny_gpt1():
+    """Without `logits_to_keep` and `use_cache`."""
+    return zoo.build("openai-gpt", "OpenAIGPTLMHeadModel")
+
+
+@pytest.fixture(params=[tiny_llama, tiny_gpt2, tiny_gpt1])
 def model(request):
     base = sharpen(request.param(), 4.0)
     model = get_peft_model(base, make_config(task_type="CAUSAL_LM", num_virtual_tokens=6), adapter_name="long")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,13 +52,12 @@ def distillation_loss(
 def _log_probabilities(model: Any, name: str | None, texts: dict[str, Tensor], predicts: Tensor) -> Tensor:
     """Of the whole vocabulary at the positions that predict a token with a label: `[N, V]`, float32."""
     kept = predicts.shape[1] - int(predicts.any(dim=0).long().argmax())  # nothing before them is needed
-    if name is None:
-        if accepts(model.base_model, "position_ids"):  # which the base model alone does not compute from the mask
-            texts = {**texts, "position_ids": positions_in(model.base_model, texts["attention_mask"])}
-        with model.disable_adapter():
-            logits = model(**texts, logits_to_keep=kept, use_cache=False).logits
-    else:
-        if model.active_adapter != name:
-            model.set_adapter(name)
-        logits = model(**texts, logits_to_keep=kept, use_cache=False).logits
+    options: dict[str, Any] = {"logits_to_keep": kept, "use_cache": False}
+    if name is None:  # the base model alone does not compute positions from the mask
+        options["position_ids"] = positions_in(model.base_model, texts["attention_mask"])
+    elif model.active_adapter != name:
+        model.set_adapter(name)
+    options = {option: value for option, value in options.items() if accepts(model.base_model, option)}
+    with model.disable_adapter() if name is None else contextlib.nullcontext():
+        logits = model(**texts, **options).logits
     return logits[:, -kept:][predicts[:, -kept:]].float().log_softmax(-1)
