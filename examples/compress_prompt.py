@@ -1,6 +1,6 @@
 """Train a few virtual tokens to do what a long system prompt does, for a fraction of its tokens.
 
-    python examples/compress_prompt.py --text system.txt --dataset messages
+    python examples/compress_prompt.py --text prompt.txt --dataset messages
     python examples/smoke.py compress_prompt.py    # a tiny model and a few messages, offline
 
 The model that reads the text teaches the same model with the virtual tokens: it answers the messages, and the virtual
@@ -38,7 +38,9 @@ COMPARED_TOKENS = 20
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="HuggingFaceTB/SmolLM2-135M-Instruct", help="a folder or a Hub id")
-    parser.add_argument("--text", type=Path, default=Path("system.txt"), help="file with the system prompt")
+    parser.add_argument(
+        "--text", type=Path, default=Path(__file__).with_name("system_prompt.txt"), help="file with the system prompt"
+    )
     parser.add_argument("--dataset", default="CogComp/trec", help="messages: a folder or a Hub id")
     parser.add_argument("--text_column", default="text", help="column with a user's message")
     parser.add_argument("--num_messages", type=int, default=500, help="messages to use, a tenth of them for testing")
