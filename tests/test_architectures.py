@@ -29,8 +29,19 @@ FAMILIES = {
     "question": "bert roberta electra".split(),
     "base": "bert llama t5 bart".split(),
 }
+# On older versions, Gemma 3's own cache gives other tokens, and the others end with an error.
+ONLY_NEWER = {"bert-generation", "gemma3", "qwen2_5_vl", "qwen2_audio"}
+only_newer = skip_before((5, 23), "older versions fail, or are not right themselves")
+
+
+def marks(group, kind):
+    if kind not in FAMILIES[group]:
+        return pytest.mark.full
+    return only_newer if kind in ONLY_NEWER else ()
+
+
 CASES = [
-    pytest.param(kind, name, group, id=f"{group}-{kind}", marks=() if kind in FAMILIES[group] else pytest.mark.full)
+    pytest.param(kind, name, group, id=f"{group}-{kind}", marks=marks(group, kind))
     for group in zoo.GROUPS
     for kind, name in zoo.members(group)
     if kind not in zoo.NOT_BUILT[group]
@@ -64,6 +75,7 @@ IMAGE_TOKENS = {
 }
 
 
+@only_newer
 @pytest.mark.parametrize("kind", IMAGE_TOKENS)
 def test_an_image_is_read_behind_the_prompt(kind):
     base = zoo.build(kind, dict(zoo.members("image-text"))[kind])
