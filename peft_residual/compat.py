@@ -244,12 +244,13 @@ def has_sliding_layers(cache: Any, base_model: Any) -> bool:
 
 
 def is_wrong_with_a_filled_cache(base_model: Any) -> bool:
-    """Whether a text behind a filled cache is computed wrongly: Doge, and PaliGemma, whose prompt reads the text.
+    """Whether a text behind a filled cache is computed wrongly: Doge; PaliGemma and BertGeneration, which read ahead.
 
-    Can go when 5.18 is the oldest transformers: PaliGemma's config tells from 5.0 on, and Doge is right.
+    Can go when 5.18 is the oldest transformers: PaliGemma's config tells from 5.0 on, BertGeneration gives no cache if
+    it reads ahead, and Doge is right.
     """
     is_old = _release(version("transformers")) < (5, 18)
-    return is_old and getattr(base_model.config, "model_type", None) in ("doge", "paligemma")
+    return is_old and getattr(base_model.config, "model_type", None) in ("bert-generation", "doge", "paligemma")
 
 
 # --- transformers: loading ------------------------------------------------------------------------------------------

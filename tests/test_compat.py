@@ -104,7 +104,7 @@ def test_versions_that_generate_in_both_directions(number, is_right, monkeypatch
     assert compat.generates_in_both_directions() is is_right
 
 
-@pytest.mark.parametrize("model_type", ["doge", "paligemma"])
+@pytest.mark.parametrize("model_type", ["bert-generation", "doge", "paligemma"])
 def test_a_prompt_is_computed_with_its_text_where_an_older_transformers_is_not_exact(model_type, monkeypatch):
     base = SimpleNamespace(config=SimpleNamespace(model_type=model_type))  # which tells no more before 5.0
     for number, is_exact in (("4.57.6", False), ("5.10.4", False), ("5.18.0", True)):

@@ -79,7 +79,7 @@ def first_position(base_model: Any) -> int:
 
 def _find_first_position(base_model: Any) -> int:
     for module in base_model.modules():
-        if hasattr(module, "create_position_ids_from_input_ids"):
+        if hasattr(module, "create_position_ids_from_inputs_embeds"):
             return int(module.padding_idx) + 1
     return 0
 
