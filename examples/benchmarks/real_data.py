@@ -124,7 +124,8 @@ def packed_logits(model: Any, rows: Sequence[Row], cache: Cache | None = None) -
     seen = 0 if cache is None else cache.get_seq_length()
     front = 0 if prompt is None else len(prompt)
     pieces = [row.text + row.label[:-1] for row in rows]
-    embeds = base.get_input_embeddings()(torch.tensor([token for piece in pieces for token in piece]))
+    ids = torch.tensor([token for piece in pieces for token in piece], device=base.device)
+    embeds = base.get_input_embeddings()(ids)
     if prompt is not None:
         embeds = torch.cat([prompt.to(embeds.dtype), embeds])
     size = len(embeds)
@@ -141,12 +142,13 @@ def packed_logits(model: Any, rows: Sequence[Row], cache: Cache | None = None) -
     mask = torch.zeros(visible.shape, dtype=embeds.dtype).masked_fill(~visible, torch.finfo(embeds.dtype).min)
     outputs = base(
         inputs_embeds=embeds[None],
-        attention_mask=mask[None, None],
-        position_ids=torch.cat(positions)[None] + seen,
+        attention_mask=mask[None, None].to(base.device),
+        position_ids=torch.cat(positions)[None].to(base.device) + seen,
         past_key_values=cache,
-        logits_to_keep=torch.cat(kept),
+        logits_to_keep=torch.cat(kept).to(base.device),
     )
-    return outputs.logits[0].float(), torch.tensor([token for row in rows for token in row.label])
+    targets = torch.tensor([token for row in rows for token in row.label], device=base.device)
+    return outputs.logits[0].float(), targets
 
 
 def prompt_cache(model: Any) -> Cache | None:
@@ -161,7 +163,7 @@ def prompt_cache(model: Any) -> Cache | None:
 
 
 @torch.no_grad()
-def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 8) -> float:
+def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 32) -> float:
     """The share of rows whose label greedy decoding gives when it may only write labels of the task."""
     model.eval()
     cache, correct = prompt_cache(model), 0
@@ -177,7 +179,7 @@ def accuracy(model: Any, task: Task, rows: Sequence[Row], size: int = 8) -> floa
 def count_correct(model: Any, task: Task, rows: Sequence[Row], cache: Cache | None = None) -> int:
     """Number of rows in which every label token has the largest logit of those that may follow."""
     logits, _ = packed_logits(model, rows, cache)
-    of_rows = zip(rows, logits.split([len(row.label) for row in rows]), strict=True)
+    of_rows = zip(rows, logits.cpu().split([len(row.label) for row in rows]), strict=True)
     return sum(all(is_next(task, row, i, of_token) for i, of_token in enumerate(of_row)) for row, of_row in of_rows)
 
 

@@ -35,11 +35,12 @@ CURVE_ROWS = 100
 
 @functools.cache
 def frozen_model(model: str) -> tuple[Any, Any]:
-    """Load a model in bfloat16, and its tokenizer."""
+    """Load a model in bfloat16, onto the GPU if there is one, and its tokenizer."""
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).requires_grad_(False)
+    base.to("cuda" if torch.cuda.is_available() else "cpu")
     return base, AutoTokenizer.from_pretrained(model)
 
 
@@ -96,6 +97,7 @@ def train(run: Run, model: str, data: Path) -> dict[str, Any]:
         "diverged": diverged,
         "trained": peft_model.get_nb_trainable_parameters()[0],
         "seconds": round(time.perf_counter() - start, 1),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
     if not peft_model.active_peft_config.is_prompt_learning:
         peft_model.unload()
@@ -119,19 +121,21 @@ def main() -> None:
     options = parser.parse_args()
     work = functools.partial(train, model=options.model, data=options.data)
     run = functools.partial(run_all, Run, train=work, path=options.output, processes=options.processes)
-    # One method after the other, so that an interrupted comparison has complete methods.
-    for method in options.methods:
-        runs = searched(method, options)
-        if METHODS[method].fixed_rate is None:
-            records = run(runs=[run for of_task in runs for run in of_task])
-            best = [max(of_task, key=lambda run: records[run]["validation"]) for of_task in runs]
-        else:
-            best = [replace(of_task[0], learning_rate=METHODS[method].fixed_rate) for of_task in runs]
-        records = run(runs=[replace(run, seed=seed) for seed in range(options.seeds) for run in best])
-        for one in best:
-            tests = [records[replace(one, seed=seed)]["test"] for seed in range(options.seeds)]
-            print(json.dumps({"task": one.task, "method": method, "learning_rate": one.learning_rate, "test": tests}))
-    run(runs=[run for method in options.methods for of_task in searched(method, options) for run in of_task])
+    searches = [of_task for method in options.methods for of_task in searched(method, options)]
+    records = run(runs=[run for of_task in searches for run in of_task])
+    best = [reported(of_task, records) for of_task in searches]
+    records = run(runs=[replace(run, seed=seed) for run in best for seed in range(options.seeds)])
+    for one in best:
+        tests = [records[replace(one, seed=seed)]["test"] for seed in range(options.seeds)]
+        print(json.dumps({"task": one.task, "method": one.method, "learning_rate": one.learning_rate, "test": tests}))
+
+
+def reported(search: list[Run], records: dict[Run, dict[str, Any]]) -> Run:
+    """The run of a search that more seeds repeat: at the method's fixed rate, else the best on validation rows."""
+    fixed_rate = METHODS[search[0].method].fixed_rate
+    if fixed_rate is not None:
+        return replace(search[0], learning_rate=fixed_rate)
+    return max(search, key=lambda run: records[run]["validation"])
 
 
 def searched(method: str, options: argparse.Namespace) -> list[list[Run]]:

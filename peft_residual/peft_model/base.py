@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..compat import with_cache_name
 from .adapters import ResidualAdapters
-from .base_model import accepts, refuse_images_by_position
+from .base_model import accepts, has_head, refuse_images_by_position
 from .generation import check_assistant, first_token, mask_of_padding, penalizing_text
 from .inputs import (
     Inputs,
@@ -123,13 +123,11 @@ class ResidualPeftModel(ResidualAdapters):
 
     def is_decoder_only(self) -> bool:
         """Whether the base model is decoder-only, with any head."""
-        from transformers.models.auto import modeling_auto
-
         model_type = self.base_model_type
         return (
-            model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-            and model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-            and model_type not in modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+            has_head(model_type, "CAUSAL_LM")
+            and not has_head(model_type, "MASKED_LM")
+            and not has_head(model_type, "SEQ_TO_SEQ_CAUSAL_LM")
         )
 
     @property

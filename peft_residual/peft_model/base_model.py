@@ -68,6 +68,14 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+@torch.compiler.assume_constant_result  # some versions of torch cannot trace the import
+def has_head(model_type: str | None, head: str) -> bool:
+    """Whether transformers has a model of this type with a head, such as `"CAUSAL_LM"`."""
+    from transformers.models.auto import modeling_auto
+
+    return model_type in getattr(modeling_auto, f"MODEL_FOR_{head}_MAPPING_NAMES")
+
+
 def first_position(base_model: Any) -> int:
     """The number of a text's first position: 0, but in models that count from their padding id (Kosmos) the next."""
     if torch.compiler.is_compiling():  # a constant of the graph

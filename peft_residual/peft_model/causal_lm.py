@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..compat import cache_name, generates_from_a_filled_cache, has_sliding_layers
 from .base import ResidualPeftModel
-from .base_model import accepts, continues_from_cache
+from .base_model import accepts, continues_from_cache, has_head
 from .generation import (
     can_continue_from_cache,
     check_direction,
@@ -127,9 +127,7 @@ class PeftModelForCausalLM(ResidualPeftModel, peft.PeftModelForCausalLM):
 
     def is_decoder_only(self) -> bool:
         """True for all model types, also unknown ones, except those of bidirectional models with a causal head."""
-        from transformers.models.auto import modeling_auto
-
-        return self.base_model_type not in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+        return not has_head(self.base_model_type, "MASKED_LM")
 
     def padding_to_move(self, mask: Tensor) -> Tensor:
         """As for all tasks; none in a bidirectional architecture, for which `generate` computes positions."""
