@@ -35,25 +35,29 @@ class Results:
     def __init__(self, records: Sequence[dict[str, Any]]) -> None:
         self.records = records
         self.tasks = list(dict.fromkeys(record["task"] for record in records))
-        self.seeds = sorted({record["seed"] for record in records})
+        found = {(task, method): self._report(task, method) for task in self.tasks for method in METHODS}
+        self.methods = [method for method in METHODS if all(found[task, method] for task in self.tasks)]
+        compared = [found[task, method] for task in self.tasks for method in self.methods]
+        # Methods are compared on the seeds that all of them have run.
+        self.seeds = sorted(set.intersection(*(set(runs) for runs in compared)))
         self.reported = {
-            (task, method): found for task in self.tasks for method in METHODS if (found := self._report(task, method))
+            (task, method): [found[task, method][seed] for seed in self.seeds]
+            for task in self.tasks
+            for method in self.methods
         }
-        self.methods = [m for m in METHODS if all((task, m) in self.reported for task in self.tasks)]
 
     def _of(self, task: str, method: str) -> list[dict[str, Any]]:
         return [record for record in self.records if (record["task"], record["method"]) == (task, method)]
 
-    def _report(self, task: str, method: str) -> list[dict[str, Any]] | None:
-        """The runs of all seeds at the fixed rate, or at the one with the best validation accuracy at seed 0."""
+    def _report(self, task: str, method: str) -> dict[int, dict[str, Any]]:
+        """By seed, the runs at the fixed rate, or at the one with the best validation accuracy at seed 0."""
         runs = self._of(task, method)
         searched = [record for record in runs if record["seed"] == 0]
         if len(searched) < len(METHODS[method].rates):
-            return None
+            return {}
         best = max(searched, key=lambda record: record["validation"])["learning_rate"]
         rate = METHODS[method].fixed_rate or best
-        seeds = sorted((r for r in runs if r["learning_rate"] == rate), key=lambda record: record["seed"])
-        return seeds if len(seeds) == len(self.seeds) else None
+        return {record["seed"]: record for record in runs if record["learning_rate"] == rate}
 
     def runs_of(self, task: str, method: str) -> list[dict[str, Any]]:
         """The reported runs of a method, or of prompt tuning with the better of its two usual initializations."""
@@ -166,8 +170,10 @@ python examples/benchmarks/real_learning.py --model build/models/smollm2 --data 
 ```
 
 SmolLM2-135M-Instruct, frozen, in bfloat16. {steps} steps of {batch_size} rows, the same rows in the same order for
-every method, AdamW, 5 % warm-up and linear decay, the last step and no choice of a checkpoint; {seeds} seeds. Accuracy
-is that of greedy decoding over the labels, on at most {rows} test rows. Each method is searched over four learning
+every method, AdamW, 5 % warm-up and linear decay, the last step and no choice of a checkpoint.
+On {devices}, {seeds}.
+
+Accuracy is that of greedy decoding over the labels, on at most {rows} test rows. Each method is searched over four learning
 rates, a decade apart, with seed 0 and validation rows, and reported at its best rate *of each data set*. The
 recommended setting is reported at **one fixed pair of rates** that was chosen on development data (TREC).
 
@@ -210,7 +216,8 @@ def page(found: Results) -> str:
         steps=one["steps"],
         batch_size=one["batch_size"],
         rows=one["rows"],
-        seeds=len(found.seeds),
+        devices=" and ".join(sorted({run.get("device", "cpu") for runs in found.reported.values() for run in runs})),
+        seeds=f"{len(found.seeds)} seeds" if len(found.seeds) > 1 else "**one seed so far**, hence no intervals",
         prompt_rate=rates.fixed_rate,
         encoder_rate=ENCODER_RATE,
         summary=summary_table(found),

@@ -68,7 +68,8 @@ def in_eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-@torch.compiler.assume_constant_result  # some versions of torch cannot trace the import
+# torch 2.11 cannot trace the import.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_head(model_type: str | None, head: str) -> bool:
     """Whether transformers has a model of this type with a head, such as `"CAUSAL_LM"`."""
     from transformers.models.auto import modeling_auto
