@@ -173,8 +173,8 @@ SmolLM2-135M-Instruct, frozen, in bfloat16. {steps} steps of {batch_size} rows, 
 every method, AdamW, 5 % warm-up and linear decay, the last step and no choice of a checkpoint.
 On {devices}, {seeds}.
 
-Accuracy is that of greedy decoding over the labels, on at most {rows} test rows. Each method is searched over four learning
-rates, a decade apart, with seed 0 and validation rows, and reported at its best rate *of each data set*. The
+Accuracy is that of greedy decoding over the labels, on at most {rows} test rows. Each method is searched over four
+learning rates, a decade apart, with seed 0 and validation rows, and reported at its best rate *of each data set*. The
 recommended setting is reported at **one fixed pair of rates** that was chosen on development data (TREC).
 
 - **residual (recommended)**: `encoder_scale=None`, `encoder_norm_first=True`, `encoder_zero_init=True`,
