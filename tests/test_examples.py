@@ -472,7 +472,7 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path):
     command = ["bash", str(EXAMPLES / "benchmarks" / "gpu.sh"), "cpu"]
     environment = {**os.environ, "OUT": str(tmp_path), "PYTHON": sys.executable}
     subprocess.run(command, env=environment, check=True, capture_output=True, timeout=200)
-    assert "residual, shared, logits at labels" in (tmp_path / "steps.txt").read_text()
+    assert "residual, shared, logits at labels" in (tmp_path / "gpu_steps.txt").read_text()
 
 
 def test_benchmarks_run_alone():
